@@ -1,0 +1,1 @@
+"""Distillation losses computed from the record alone: one module per paper."""

@@ -1,0 +1,324 @@
+"""What every loss declares and how every loss begins and ends.
+
+A loss is a plain function
+
+    loss(student_logits, targets, *, labels=None, mask=None, ..., reduction="mean", with_count=False)
+
+decorated with `@loss(...)`, which records what it accepts (`LossInfo`) and refuses the rest before any
+arithmetic. Inside, `align` flattens student and targets to matching rows and `reduce` ends it, so that
+masks, reductions, counts and error messages are the same everywhere.
+
+Letters: R rows (all positions of the batch, padding included), V vocabulary, K kept ids.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from logitstore.spec.errors import TargetsError, UsageError
+from logitstore.targets import Targets
+from logitstore.targets.dense import at_least_float32
+
+__all__ = [
+    "LOSSES",
+    "LossAndCount",
+    "LossInfo",
+    "Reduction",
+    "Rows",
+    "align",
+    "loss",
+    "reduce",
+    "require",
+]
+
+Reduction = Literal["mean", "sum", "none"]
+Exactness = Literal["exact", "unbiased", "bounded", "approximate"]
+
+
+class LossAndCount(NamedTuple):
+    """A reduced loss and how many rows it counts, so that accumulation and DDP can divide once.
+
+    `loss` is what `reduction` says; `count` int64 scalar. The exact mean over several batches or ranks is
+    the sum of `loss` (reduction="sum") over the sum of `count`.
+    """
+
+    loss: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class LossInfo:
+    """What a loss accepts, for checks, the compatibility matrix and the documentation pages.
+
+    Attributes:
+        name: canonical function name.
+        signals: signal -> how exact the loss is from that record.
+        missing: signal -> allowed values of `missing=`; absent when the loss has no such choice.
+        needs: signal -> names of target fields it cannot do without (`lse`, `log_tail`, `lse_at`, ...).
+        needs_labels: True when `labels` must be given.
+        source: paper and section.
+        aliases: other names the field uses.
+        function: the function itself.
+    """
+
+    name: str
+    signals: Mapping[str, Exactness]
+    missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needs_labels: bool = False
+    source: str = ""
+    aliases: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = None
+
+    def check_signal(self, signal: str) -> None:
+        """Refuse a signal this loss has no meaning for."""
+        if signal not in self.signals:
+            raise TargetsError(
+                "targets-mismatch",
+                f"{self.name} cannot be computed from {signal} targets",
+                got=signal,
+                expected=", ".join(self.signals),
+                hint=f"capture with one of these signals, or see docs/losses/{self.name}.md",
+            )
+
+    def check_missing(self, signal: str, missing: str) -> None:
+        """Refuse a treatment of the missing mass that is infinite or meaningless here."""
+        allowed = self.missing.get(signal)
+        if allowed is not None and missing not in allowed:
+            raise TargetsError(
+                "missing-not-allowed",
+                f"{self.name} from {signal} targets has no finite, meaningful value for missing={missing!r}",
+                got=missing,
+                expected=", ".join(allowed),
+            )
+
+
+# canonical name -> LossInfo; filled by `@loss` when a loss module is imported.
+LOSSES: dict[str, LossInfo] = {}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def loss(
+    *,
+    signals: Mapping[str, Exactness],
+    missing: Mapping[str, tuple[str, ...]] | None = None,
+    needs: Mapping[str, tuple[str, ...]] | None = None,
+    needs_labels: bool = False,
+    source: str,
+    aliases: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Declare a loss: register it and check signal, `missing=`, labels and needed fields on each call."""
+
+    def decorate(function: F) -> F:
+        info = LossInfo(
+            name=function.__name__,
+            signals=signals,
+            missing=missing or {},
+            needs=needs or {},
+            needs_labels=needs_labels,
+            source=source,
+            aliases=aliases,
+            function=function,
+        )
+        default_missing = inspect.signature(function).parameters.get("missing")
+
+        @functools.wraps(function)
+        def checked(student_logits: Tensor, targets: Targets, **options: Any) -> Any:
+            info.check_signal(targets.signal)
+            if default_missing is not None:
+                chosen = options.get("missing", default_missing.default)
+                if chosen is not None:
+                    info.check_missing(targets.signal, chosen)
+            for name in info.needs.get(targets.signal, ()):
+                require(targets, name, info.name)
+            if info.needs_labels and options.get("labels") is None:
+                raise TargetsError(
+                    "label-missing",
+                    f"{info.name} needs labels",
+                    expected="labels=batch.labels, int64 in the leading shape of student_logits",
+                )
+            return function(student_logits, targets, **options)
+
+        LOSSES[info.name] = info
+        checked.info = info  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
+# field of the targets -> the capture flag that stores it
+_CAPTURE_FLAG = {
+    "lse": "--aux lse",
+    "log_tail": "--aux log_tail",
+    "label_logprob": "--aux label_logprob",
+    "label_rank": "--aux label_rank",
+    "entropy": "--aux entropy",
+    "logit_mean": "--aux logit_mean",
+    "byte_end": "--aux byte_end",
+}
+
+
+def require(targets: Targets, name: str, needed_by: str, *, temperature: float | None = None) -> Tensor:
+    """The field `name` of the targets (or `lse_at[temperature]`), or an error naming the capture flag."""
+    if temperature is not None:
+        value = targets.lse_at.get(float(temperature))
+        if value is None:
+            held = ", ".join(str(t) for t in targets.lse_at) or "none"
+            raise TargetsError(
+                "aux-missing",
+                f"{needed_by} at temperature {temperature} needs lse_at[{temperature}]",
+                got=f"stored temperatures: {held}",
+                hint=f"capture with --lse-at {temperature}",
+            )
+        return value
+    value = getattr(targets, name, None)
+    if value is None:
+        raise TargetsError(
+            "aux-missing",
+            f"{needed_by} needs the field {name}, which these targets do not hold",
+            hint=f"capture with {_CAPTURE_FLAG.get(name, '--aux ' + name)}",
+        )
+    return value  # type: ignore[no-any-return]
+
+
+class Rows(NamedTuple):
+    """Student, labels and mask flattened to R rows.
+
+    `student_RV` keeps the caller's dtype when it is float32 or float64, else float32 (a copy).
+    `labels_R` int64, negative where there is none, or None. `mask_R` bool.
+    `targets`: padded form (leading [B, T]), or the flat weighted form, whose row of entry e is
+    `row_of_position[position_of_entry]`. `leading` is the leading shape of student_logits.
+    """
+
+    student_RV: Tensor
+    labels_R: Tensor | None
+    mask_R: Tensor
+    targets: Targets
+    leading: torch.Size
+    row_of_position: Tensor | None
+
+
+def align(
+    student_logits: Tensor,
+    targets: Targets,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    *,
+    ignore_index: int = -100,
+    upcast: bool = True,
+) -> Rows:
+    """Flatten student [..., V], labels [...], mask [...] and targets to the same R rows.
+
+    No shift happens here or anywhere: row t of the student meets row t of the targets (DESIGN section 4).
+    A position counts when `mask` is true there (default: all positions the targets have) and, when labels
+    are given without a mask, when its label is not `ignore_index`. Vocabulary: the student may have more
+    ids than the teacher (extended vocabularies), never fewer.
+
+    Raises: TargetsError shape-mismatch, empty-mask.
+    """
+    leading = student_logits.shape[:-1]
+    vocab = student_logits.shape[-1]
+    if vocab < targets.vocab_size:
+        raise TargetsError(
+            "shape-mismatch",
+            "the student's vocabulary is smaller than the teacher's",
+            got=f"student_logits {list(student_logits.shape)}",
+            expected=f"last axis >= {targets.vocab_size}",
+            hint="use a student with the teacher's tokenizer, or a cross-tokenizer loss (uld, gold)",
+        )
+    length = leading[-1] if len(leading) >= 2 else None
+    row_of_position: Tensor | None = None
+    present_R: Tensor | None = None
+    num_rows = leading.numel()
+    if targets.lengths is not None:
+        lengths_B = targets.lengths.to(student_logits.device)
+        if length is None:
+            if num_rows != int(lengths_B.sum()):
+                raise _shape_error(student_logits, f"{int(lengths_B.sum())} rows")
+        else:
+            if lengths_B.numel() != num_rows // length:
+                raise _shape_error(student_logits, f"{lengths_B.numel()} samples")
+            if int(lengths_B.max()) > length:
+                raise _shape_error(student_logits, f"at least {int(lengths_B.max())} positions")
+            present_BT = torch.arange(length, device=lengths_B.device) < lengths_B[:, None]
+            present_R = present_BT.reshape(-1)
+            row_of_position = present_R.nonzero()[:, 0]
+            targets = targets.padded(length)
+    mask_R = _flat(mask, leading, "mask")
+    labels_R = _flat(labels, leading, "labels")
+    if mask_R is None:
+        mask_R = torch.ones(num_rows, dtype=torch.bool, device=student_logits.device)
+        if present_R is not None:
+            mask_R = present_R
+        if labels_R is not None:
+            mask_R = mask_R & (labels_R != ignore_index)
+    else:
+        mask_R = mask_R.bool()
+        if present_R is not None:
+            # A mask cannot ask for rows the teacher never saw.
+            mask_R = mask_R & present_R
+    if not bool(mask_R.any()):
+        raise TargetsError(
+            "empty-mask",
+            "no position counts: the mean would be 0 / 0",
+            hint="skip batches whose loss_mask is all zero",
+        )
+    student_RV = student_logits.reshape(num_rows, vocab)
+    return Rows(
+        at_least_float32(student_RV) if upcast else student_RV,
+        labels_R,
+        mask_R,
+        targets,
+        leading,
+        row_of_position,
+    )
+
+
+def reduce(
+    loss_R: Tensor, rows: Rows, reduction: Reduction, with_count: bool
+) -> Tensor | LossAndCount:
+    """End a loss: masked rows contribute exactly 0 (also when their value is NaN or infinite)."""
+    masked_R = torch.where(rows.mask_R, loss_R, 0.0)
+    count = rows.mask_R.sum()
+    if reduction == "none":
+        value = masked_R.reshape(rows.leading)
+    elif reduction == "sum":
+        value = masked_R.sum()
+    elif reduction == "mean":
+        value = masked_R.sum() / count
+    else:
+        raise UsageError(
+            "bad-argument", "unknown reduction", got=reduction, expected="mean, sum or none"
+        )
+    return LossAndCount(value, count) if with_count else value
+
+
+def _flat(x: Tensor | None, leading: torch.Size, name: str) -> Tensor | None:
+    if x is None:
+        return None
+    if x.shape != leading:
+        raise TargetsError(
+            "shape-mismatch",
+            f"{name} and student_logits disagree",
+            got=f"{name} {list(x.shape)}",
+            expected=f"{list(leading)}, the leading shape of student_logits",
+        )
+    return x.reshape(-1)
+
+
+def _shape_error(student_logits: Tensor, expected: str) -> TargetsError:
+    return TargetsError(
+        "shape-mismatch",
+        "student_logits and targets disagree",
+        got=f"student_logits {list(student_logits.shape)}",
+        expected=f"{expected} (from targets.lengths)",
+        hint="pass the student's logits for batch.tokens unchanged, without a shift",
+    )
