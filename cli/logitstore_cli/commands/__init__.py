@@ -1,0 +1,1 @@
+"""One module per command; each defines `command`. `logitstore_cli.main.COMMANDS` lists them."""
