@@ -1,0 +1,158 @@
+"""Which columns a store has: a function of signal, aux fields and kind of sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from logitstore.spec.errors import UsageError
+from logitstore.spec.header import AUX_FIELDS
+from logitstore.spec.schema import Column, Group, Schema
+from logitstore.spec.signals import TopKSpec
+
+__all__ = ["aux_fields", "build_schema", "id_dtype"]
+
+# dtype of each optional per-position field
+_AUX_DTYPE: dict[str, Any] = {
+    "label_logprob": "float16",
+    "label_rank": "uint16",
+    "entropy": "float16",
+    "top1_logprob": "float16",
+    "log_tail": "float16",
+    "lse": "float32",
+    "logit_mean": "float32",
+    "byte_end": "uint32",
+}
+
+_SEQUENCE_ONLY = {"byte_end"}
+
+
+def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """Smallest unsigned type that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+# signal kind -> (columns and groups of its own, aux fields it has by default, aux fields it cannot have)
+_Layout = tuple[list[Column], list[Group], tuple[str, ...], frozenset[str]]
+
+
+def _topk(spec: TopKSpec, vocab_size: int) -> _Layout:
+    step = 1 / 16 if spec.coding == "q8" else None
+    axis, inner = ("position", (spec.k,)) if spec.p is None else ("ids", ())
+    columns = [
+        Column(name="ids", dtype="uint32", axis=axis, inner=inner),
+        Column(name="logprobs", dtype="float16", axis=axis, inner=inner, step=step),
+    ]
+    groups: list[Group] = []
+    if spec.p is not None:
+        columns.insert(0, Column(name="num_ids", dtype="uint16", axis="position"))
+        groups.append(Group(name="ids", owner="position"))
+    defaults = ("label_logprob", "label_rank", "entropy", "log_tail", "lse")
+    # the first stored log-prob is the top-1
+    return columns, groups, defaults, frozenset({"top1_logprob"})
+
+
+_LAYOUTS: dict[str, Callable[[Any, int], _Layout]] = {"topk": _topk}
+
+
+def layout_of(signal: Any, vocab_size: int) -> _Layout:
+    """The columns a signal brings.
+
+    Raises: UsageError unknown-signal when this version cannot store the signal, k-exceeds-vocabulary.
+    """
+    build = _LAYOUTS.get(signal.kind)
+    if build is None:
+        raise UsageError(
+            "unknown-signal",
+            "this version cannot store this signal",
+            got=str(signal),
+            expected=", ".join(sorted(_LAYOUTS)),
+        )
+    k = getattr(signal, "k", None)
+    if k is not None and k > vocab_size:
+        raise UsageError(
+            "k-exceeds-vocabulary",
+            "more ids asked for than the vocabulary has",
+            where=f"signal {signal}",
+            got=k,
+            expected=f"at most {vocab_size}",
+        )
+    return build(signal, vocab_size)
+
+
+def aux_fields(
+    signal: Any, vocab_size: int, requested: Iterable[str] | None, *, sample_kind: str
+) -> tuple[str, ...]:
+    """The aux fields a store will have, in stored order.
+
+    Args:
+        requested: names, or None for the signal's defaults. `label_logprob` is always there for
+            sequences: load-time probes need it.
+
+    Raises: UsageError unknown-aux.
+    """
+    _, _, defaults, impossible = layout_of(signal, vocab_size)
+    names = set(defaults if requested is None else requested)
+    unknown = names - set(AUX_FIELDS)
+    refused = (names & impossible) | (
+        names & _SEQUENCE_ONLY if sample_kind != "sequence" else set()
+    )
+    if unknown or refused:
+        bad = ", ".join(sorted(unknown | refused))
+        allowed = [f for f in AUX_FIELDS if f not in impossible]
+        raise UsageError(
+            "unknown-aux",
+            "no such aux field for this signal",
+            got=bad,
+            expected=", ".join(allowed),
+            hint="the top-1 log-prob of a topk record is its first entry"
+            if "top1_logprob" in refused
+            else None,
+        )
+    if sample_kind == "sequence":
+        names.add("label_logprob")
+    return tuple(f for f in AUX_FIELDS if f in names)
+
+
+def build_schema(
+    signal: Any,
+    *,
+    vocab_size: int,
+    sample_kind: Literal["sequence", "classification"],
+    aux: Iterable[str],
+    lse_at: Iterable[float] = (),
+    loss_mask: bool = False,
+    num_always: int = 0,
+) -> Schema:
+    """All columns in stored order.
+
+    Args:
+        aux: as `aux_fields` returned them.
+        lse_at: temperatures; column `lse_at_<i>` per temperature.
+        loss_mask: store a mask; without it the mask follows from the segments (last row of each is 0).
+        num_always: number of control tokens stored at every position.
+    """
+    columns = [
+        Column(name="sample_lengths", dtype="uint32", axis="sample"),
+        Column(name="num_sample_key", dtype="uint16", axis="sample"),
+        Column(name="sample_key", dtype="uint8", axis="sample_key"),
+    ]
+    groups = [Group(name="sample_key", owner="sample", text=True)]
+    ids = id_dtype(vocab_size)
+    if sample_kind == "sequence":
+        columns.append(Column(name="tokens", dtype=ids, axis="position"))
+        columns.append(Column(name="segment_ids", dtype="uint16", axis="position"))
+    else:
+        columns.append(Column(name="label", dtype=ids, axis="position"))
+    if loss_mask:
+        columns.append(Column(name="loss_mask", dtype="bool", axis="position"))
+    for name in aux:
+        columns.append(Column(name=name, dtype=_AUX_DTYPE[name], axis="position"))
+    for number, _ in enumerate(lse_at):
+        columns.append(Column(name=f"lse_at_{number}", dtype="float32", axis="position"))
+    if num_always:
+        columns.append(
+            Column(name="always_logprobs", dtype="float16", axis="position", inner=(num_always,))
+        )
+    own_columns, own_groups, _, _ = layout_of(signal, vocab_size)
+    return Schema(columns=(*columns, *own_columns), groups=(*groups, *own_groups))

@@ -1,0 +1,187 @@
+"""Signal specs: what is kept of a position's distribution, as typed on the command line.
+
+    topk:64          topk:64,p=0.98       topk:64,coding=q8
+    sampled:50       sampled:50,power=0.9
+    threshold:tau=1/40                    threshold:k=12
+    graph:k=10       graph:k=10,form=vocab
+    dense            scores:12
+
+`parse_signal` reads that form; `str(spec)` gives it back in canonical form.
+"""
+
+from __future__ import annotations
+
+import difflib
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from logitstore.spec.document import Strict
+from logitstore.spec.errors import UsageError
+
+__all__ = [
+    "DenseSpec",
+    "GraphSpec",
+    "SampledSpec",
+    "ScoresSpec",
+    "SignalSpec",
+    "ThresholdSpec",
+    "TopKSpec",
+    "parse_signal",
+]
+
+MAX_IDS = 65_535
+
+
+class DenseSpec(Strict):
+    """Every raw logit."""
+
+    kind: Literal["dense"] = "dense"
+    dtype: Literal["float16", "float32"] = "float16"
+
+    def __str__(self) -> str:
+        return "dense" if self.dtype == "float16" else f"dense:dtype={self.dtype}"
+
+
+class TopKSpec(Strict):
+    """The k most probable ids with log-probs; with p, only the smallest prefix that holds mass p (nucleus)."""
+
+    kind: Literal["topk"] = "topk"
+    k: Annotated[int, Field(ge=1, le=MAX_IDS)]
+    p: Annotated[float, Field(gt=0, le=1)] | None = None
+    coding: Literal["f16", "q8"] = "f16"
+
+    def __str__(self) -> str:
+        p = "" if self.p is None else f",p={self.p!r}"
+        return f"topk:{self.k}{p}" + ("" if self.coding == "f16" else f",coding={self.coding}")
+
+
+class SampledSpec(Strict):
+    """RS-KD: ids of `rounds` draws with replacement from the proposal p^power, with their counts."""
+
+    kind: Literal["sampled"] = "sampled"
+    rounds: Annotated[int, Field(ge=1, le=MAX_IDS)]
+    power: Annotated[float, Field(gt=0, le=4)] = 1.0
+
+    def __str__(self) -> str:
+        return f"sampled:{self.rounds}" + ("" if self.power == 1.0 else f",power={self.power!r}")
+
+
+class ThresholdSpec(Strict):
+    """Threshold sampling: probabilities of at least tau exactly, the rest sampled; or a fixed k per position.
+
+    tau is kept as the fraction the user wrote ("1/40"), so that 1/3 is exactly 1/3.
+    """
+
+    kind: Literal["threshold"] = "threshold"
+    tau: str | None = None
+    k: Annotated[int, Field(ge=1, le=MAX_IDS)] | None = None
+    tail: Literal["pairs"] = "pairs"
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ThresholdSpec:
+        if (self.tau is None) == (self.k is None):
+            raise ValueError("give either tau (such as 1/40) or k, not both")
+        if self.tau is not None and not 0 < Fraction(self.tau) <= 1:
+            raise ValueError("tau must lie in (0, 1]")
+        return self
+
+    @property
+    def tau_value(self) -> float | None:
+        """tau as a float, None for fixed k."""
+        return None if self.tau is None else float(Fraction(self.tau))
+
+    def __str__(self) -> str:
+        return f"threshold:tau={self.tau}" if self.tau is not None else f"threshold:k={self.k}"
+
+
+class GraphSpec(Strict):
+    """Top-k outer products of raw logits, summed over each segment's valid positions."""
+
+    kind: Literal["graph"] = "graph"
+    k: Annotated[int, Field(ge=1, le=1024)]
+    form: Literal["rank", "vocab"] = "rank"
+
+    def __str__(self) -> str:
+        return f"graph:k={self.k}" + ("" if self.form == "rank" else f",form={self.form}")
+
+
+class ScoresSpec(Strict):
+    """Raw scores of `candidates` given ids per position."""
+
+    kind: Literal["scores"] = "scores"
+    candidates: Annotated[int, Field(ge=1, le=MAX_IDS)]
+
+    def __str__(self) -> str:
+        return f"scores:{self.candidates}"
+
+
+SignalSpec = Annotated[
+    DenseSpec | TopKSpec | SampledSpec | ThresholdSpec | GraphSpec | ScoresSpec,
+    Field(discriminator="kind"),
+]
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(SignalSpec)
+
+# kind -> the parameter a bare value means ("topk:64" is k=64)
+_POSITIONAL = {
+    "dense": "dtype",
+    "topk": "k",
+    "sampled": "rounds",
+    "threshold": "tau",
+    "graph": "k",
+    "scores": "candidates",
+}
+_INTEGERS = {"k", "rounds", "candidates"}
+_FLOATS = {"p", "power"}
+_EXAMPLES = "topk:64, sampled:50, threshold:tau=1/40, graph:k=10, dense"
+
+
+def parse_signal(text: str) -> Any:
+    """`kind[:value][,name=value...]` -> a spec.
+
+    Raises: UsageError unknown-signal, naming the nearest kind or parameter.
+    """
+    kind, _, rest = text.strip().partition(":")
+    if kind not in _POSITIONAL:
+        near = difflib.get_close_matches(kind, _POSITIONAL, 1)
+        raise UsageError(
+            "unknown-signal",
+            "no such signal",
+            where=f"signal {text!r}",
+            got=kind,
+            expected=f"one of {', '.join(_POSITIONAL)} (for example {_EXAMPLES})",
+            hint=f"did you mean {near[0]!r}?" if near else None,
+        )
+    fields: dict[str, Any] = {"kind": kind}
+    for number, part in enumerate(filter(None, rest.split(","))):
+        name, equals, value = part.partition("=")
+        name = name.strip()
+        if not equals:
+            if number > 0:
+                raise _bad(text, f"{part!r} has no name", "name=value")
+            name, value = _POSITIONAL[kind], name
+        fields[name] = _value(text, name, value.strip())
+    try:
+        return _ADAPTER.validate_python(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(p) for p in first["loc"][1:]) or kind
+        raise _bad(text, f"{where}: {first['msg']}", f"for example {_EXAMPLES}") from None
+
+
+def _value(text: str, name: str, value: str) -> Any:
+    try:
+        if name in _INTEGERS:
+            return int(value)
+        if name in _FLOATS:
+            return float(Fraction(value)) if "/" in value else float(value)
+        if name == "tau":
+            return str(Fraction(value))
+    except (ValueError, ZeroDivisionError):
+        raise _bad(text, f"{name}={value!r} is not a number", f"for example {_EXAMPLES}") from None
+    return value
+
+
+def _bad(text: str, what: str, expected: str) -> UsageError:
+    return UsageError("unknown-signal", what, where=f"signal {text!r}", expected=expected)
