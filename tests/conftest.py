@@ -1,4 +1,4 @@
-"""What several test files share: real assets, a tiny model, and settings that make runs repeatable."""
+"""What tests share: real assets, a tiny model, and settings that make runs repeatable."""
 
 from __future__ import annotations
 
@@ -112,5 +112,5 @@ def expected_next(words, notes):
         note = notes[position]
         yield position, note.get(words[position + 1], 0.0)
 
-In 1999, 12 students wrote 3,456 lines; in 2024, 78 wrote 90,123. "How much?" they asked. "That much."
+In 1999, 12 students wrote 3,456 lines; in 2024, 78 wrote 90,123. "How much?" they asked.
 """
