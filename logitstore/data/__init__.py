@@ -1,0 +1,1 @@
+"""The student's side: datasets, batches, epoch order and exact resume."""
