@@ -22,7 +22,7 @@ help:
 	@echo "make test    lint, types and tests: what CI runs"
 	@echo "make demo    real teacher -> store -> verify -> student trained from the store -> demo-out/"
 	@echo "make soak    long repetitions of races and kills, minutes each"
-	@echo "make lint | format | type | clean"
+	@echo "make lint | format | type | constraints | clean"
 
 setup: $(READY)
 
@@ -56,13 +56,12 @@ soak: $(READY)
 demo: $(READY)
 	$(BIN)/python demo/run.py
 
-# After a change of dependencies: the exact versions of what is now installed.
-constraints: $(READY)
-	$(PIP) freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*==[0-9][^+ ]*\).*/\1/p' > constraints.new
-	( sed -n '/^#/p' constraints.txt; cat constraints.new ) > constraints.tmp
-	mv constraints.tmp constraints.txt
-	rm constraints.new
-	touch $(READY)
+# After a change of dependencies: write down the exact versions that are now installed. A local
+# version such as +cpu is left out, since other machines have other builds.
+constraints:
+	echo '# The exact versions of a fresh `make setup`. Rewrite with `make constraints`.' > constraints.new
+	$(PIP) freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*==[^+ ]*\).*/\1/p' >> constraints.new
+	mv constraints.new constraints.txt
 
 clean:
 	rm -rf $(VENV) dist build demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
