@@ -20,7 +20,7 @@ def shard_name(plan: int, index: int) -> str:
 
 
 class CorpusFile(Strict):
-    """One input file, by content. `name` is relative to nothing: it is what the user typed."""
+    """One input file, by content. `name` is its path below the folder that all files share."""
 
     name: str
     bytes: Size
@@ -54,10 +54,16 @@ class Span(Strict):
 
 
 class ShardPlan(Strict):
-    """One unit of work. Documents never cross it."""
+    """One unit of work. Documents never cross it.
+
+    Attributes:
+        spans: what it is made from.
+        max_tokens: it ends after so many tokens (the last shard of a capture limited to a prefix).
+    """
 
     shard: ShardName
     spans: tuple[Span, ...] = ()
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class Plan(Document):

@@ -1,0 +1,25 @@
+"""Corpora: files to documents, documents to packed samples. Nothing here needs torch."""
+
+from logitstore.corpora.documents import Corpus, Document
+from logitstore.corpora.files import SourceFile, describe_files, find_files
+from logitstore.corpora.packing import Sample, labels_of, pack, position_ids_of
+from logitstore.corpora.spans import Unit, plan_units
+from logitstore.corpora.tokenizer import ByteTokenizer, Encoded, FastTokenizer, Tokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "Corpus",
+    "Document",
+    "Encoded",
+    "FastTokenizer",
+    "Sample",
+    "SourceFile",
+    "Tokenizer",
+    "Unit",
+    "describe_files",
+    "find_files",
+    "labels_of",
+    "pack",
+    "plan_units",
+    "position_ids_of",
+]
