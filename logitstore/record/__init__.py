@@ -1,4 +1,4 @@
-"""Records as numpy: columns, schema, the random function, statistics."""
+"""Records as numpy: columns, schema, derived labels and masks, the random function, statistics."""
 
 from logitstore.record.record import Record, columns_needed
 from logitstore.record.schema import aux_fields, build_schema, id_dtype

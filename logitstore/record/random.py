@@ -4,13 +4,15 @@ Every draw is a pure function of (seed, sample key, position, draw); nothing dep
 worker count or order, so a resumed or re-sharded capture takes the same samples.
 
     mix(x)  = splitmix64 finaliser of x (64-bit, wrapping):
-              x ^= x >> 30; x *= 0xBF58476D1CE4E5B9; x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x >> 31
+              x ^= x >> 30; x *= 0xBF58476D1CE4E5B9; x ^= x >> 27; x *= 0x94D049BB133111EB; x ^= x
+              >> 31
     step(h, w) = mix((h + 0x9E3779B97F4A7C15) ^ w)
     bits(seed, key, position, draw) = step(step(step(mix(seed), key), position), draw)
     uniform = (bits >> 11) * 2**-53            in [0, 1), float64
     key     = first 8 bytes, little-endian, of SHA-256(sample_key as UTF-8)
 
-Source: Steele, Lea, Flood 2014 (splitmix64). Test vectors are in `schemas/format-v1.md`. The torch twin,
+Source: Steele, Lea, Flood 2014 (splitmix64). Test vectors are in `schemas/format-v1.md`. The torch
+    twin,
 `logitstore.signals.random`, does the same in int64 with masked shifts.
 """
 
@@ -48,7 +50,7 @@ def uniform(
     seed: ArrayLike, key: ArrayLike, position: ArrayLike, draw: ArrayLike
 ) -> NDArray[np.float64]:
     """float64 in [0, 1) with 53 random bits."""
-    return (bits(seed, key, position, draw) >> np.uint64(11)) * 2.0**-53
+    return (bits(seed, key, position, draw) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -6,6 +6,7 @@ Letters: S samples, P positions of all of them, K kept ids, E entries of a ragge
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ Array = NDArray[Any]
 class Record:
     """Arrays by column name, positions of all samples one after another.
 
-    A record may hold only some columns of its schema (a column selection), but always `sample_lengths`
-    and the count column of every group it has entries of.
+    A record may hold only some columns of its schema (a column selection), but always
+    `sample_lengths` and the count column of every group it has entries of.
 
     Attributes:
         schema: what the columns mean.
@@ -85,7 +86,7 @@ class Record:
             return []
         offsets = self.group_offsets("sample_key")
         raw = data.tobytes()
-        return [raw[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [raw[a:b].decode() for a, b in pairwise(offsets)]
 
     def slice(self, start: int, stop: int) -> Record:
         """Samples start to stop; arrays are views."""
@@ -147,7 +148,9 @@ def columns_needed(schema: Schema, columns: Iterable[str]) -> set[str]:
     for name in columns:
         column = schema.column(name)
         if column is None:
-            raise _malformed(name, "is not in the schema", ", ".join(c.name for c in schema.columns))
+            raise _malformed(
+                name, "is not in the schema", ", ".join(c.name for c in schema.columns)
+            )
         keep.add(name)
         group = schema.group(column.axis)
         if group is not None:

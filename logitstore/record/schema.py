@@ -32,7 +32,8 @@ def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-# signal kind -> (columns and groups of its own, aux fields it has by default, aux fields it cannot have)
+# signal kind -> (columns and groups of its own, aux fields it has by default, aux fields it cannot
+# have)
 _Layout = tuple[list[Column], list[Group], tuple[str, ...], frozenset[str]]
 
 
@@ -58,7 +59,8 @@ _LAYOUTS: dict[str, Callable[[Any, int], _Layout]] = {"topk": _topk}
 def layout_of(signal: Any, vocab_size: int) -> _Layout:
     """The columns a signal brings.
 
-    Raises: UsageError unknown-signal when this version cannot store the signal, k-exceeds-vocabulary.
+    Raises: UsageError unknown-signal when this version cannot store the signal,
+        k-exceeds-vocabulary.
     """
     build = _LAYOUTS.get(signal.kind)
     if build is None:
@@ -129,7 +131,8 @@ def build_schema(
     Args:
         aux: as `aux_fields` returned them.
         lse_at: temperatures; column `lse_at_<i>` per temperature.
-        loss_mask: store a mask; without it the mask follows from the segments (last row of each is 0).
+        loss_mask: store a mask; without it the mask follows from the segments (last row of each is
+            0).
         num_always: number of control tokens stored at every position.
     """
     columns = [

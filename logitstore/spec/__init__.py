@@ -1,1 +1,2 @@
-"""What a store is, in documents: header, plan, commit, index, signals, errors. Imports nothing heavy."""
+"""What a store is, in documents: header, plan, commit, index, signals, errors. Imports nothing
+heavy."""

@@ -25,11 +25,12 @@ class ObjectRef(Strict):
 
 
 class Layout(Strict):
-    """Padded sizes of the zarr arrays: samples S, positions P, entries E per group or pairs array."""
+    """Padded sizes of the zarr arrays: samples S, positions P, entries E per group or pairs
+    array."""
 
     samples: Annotated[int, Field(ge=1)]
     positions: Annotated[int, Field(ge=1)]
-    entries: dict[str, Annotated[int, Field(ge=0)]] = {}
+    entries: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
 
 
 class ChunkRow(Strict):

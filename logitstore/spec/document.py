@@ -4,9 +4,9 @@ A document file is exactly
 
     {"sha256":"<64 hex digits>","body":<body>}\n
 
-where the digest is SHA-256 over the exact bytes of `<body>`. Nothing is re-serialised to check it, so a
-flip anywhere (in the frame, the digest or the body) is an error. Bare JSON would not do: about a third
-of random bit flips in it parse to another valid value.
+where the digest is SHA-256 over the exact bytes of `<body>`. Nothing is re-serialised to check it,
+so a flip anywhere (in the frame, the digest or the body) is an error. Bare JSON would not do: about
+a third of random bit flips in it parse to another valid value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from logitstore.spec.errors import FormatError, IntegrityError
 
 __all__ = ["MAX_DOCUMENT_BYTES", "Document", "Strict", "canonical_json", "read_body", "sha256_hex"]
 
-# An index of 100,000 shards with statistics stays below this; a larger document is an attack or a mistake.
+# An index of 100,000 shards with statistics stays below this; a larger document is an attack or a
+# mistake.
 MAX_DOCUMENT_BYTES = 256 * 1024 * 1024
 
 _HEAD = b'{"sha256":"'
@@ -76,7 +77,8 @@ class Document(Strict):
 
 
 def canonical_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON with sorted keys: what documents are written as and fingerprints taken over."""
+    """Compact UTF-8 JSON with sorted keys: what documents are written as and fingerprints taken
+    over."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()
@@ -111,7 +113,7 @@ def read_body(data: bytes, *, where: str) -> bytes:
             where=where,
             got=repr(data[:40]) + (f" ... ({len(data)} bytes)" if len(data) > 40 else ""),
             expected='{"sha256":"...","body":...} and a newline',
-            hint="the file is truncated, damaged or of another kind; `logitstore verify` lists the damage",
+            hint="the file is truncated, damaged or of another kind; see `logitstore verify`",
         )
     digest = data[len(_HEAD) : len(_HEAD) + 64]
     body = data[body_start : -len(_TAIL)]
@@ -129,7 +131,8 @@ def read_body(data: bytes, *, where: str) -> bytes:
 
 
 def _refuse_loose_json(body: bytes, where: str) -> None:
-    """Refuse duplicate keys, NaN, very deep nesting and bad UTF-8, which parsers tolerate differently."""
+    """Refuse duplicate keys, NaN, very deep nesting and bad UTF-8, which parsers tolerate
+    differently."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(items)
@@ -149,4 +152,3 @@ def _refuse_loose_json(body: bytes, where: str) -> None:
         raise FormatError(
             "document-malformed", f"body is not strict JSON: {error}", where=where
         ) from None
-

@@ -1,7 +1,7 @@
 """The one exception tree.
 
-The class says what a caller can do about it; `kind` is a stable code that is never renamed, shown in
-brackets in every message, used as the `kind` of HTTP problem documents and tested by name. Every
+The class says what a caller can do about it; `kind` is a stable code that is never renamed, shown
+in brackets in every message, used as the `kind` of HTTP problem documents and tested by name. Every
 message has four parts: what failed and where, what was got, what was expected, what to do.
 """
 
@@ -83,7 +83,8 @@ class LogitstoreError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process boundaries (loader and capture workers); the default would lose keywords.
+        # Errors cross process boundaries (loader and capture workers); the default would lose
+        # keywords.
         return (
             _rebuild,
             (

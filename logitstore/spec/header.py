@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from logitstore.spec.document import Document, Strict
 from logitstore.spec.errors import FormatError
@@ -28,7 +28,8 @@ FORMAT_VERSION = 1
 # Features this version can read. A store that needs another one is refused by name.
 READER_FEATURES: frozenset[str] = frozenset({"pairs"})
 
-# Optional per-position fields, in stored order. `lse_at` is listed by temperature in the header instead.
+# Optional per-position fields, in stored order. `lse_at` is listed by temperature in the header
+# instead.
 AUX_FIELDS: tuple[str, ...] = (
     "label_logprob",
     "label_rank",
@@ -63,7 +64,8 @@ class TeacherInfo(Strict):
         compute_dtype: dtype of the forward pass.
         device_type: "cpu", "cuda", ...
         threads_per_worker: CPU threads of one worker; results are byte-identical for equal values.
-        masked_rows: rows of the output layer beyond the tokenizer's real size, masked before softmax.
+        masked_rows: rows of the output layer beyond the tokenizer's real size, masked before
+            softmax.
     """
 
     name: str
@@ -85,7 +87,8 @@ class TokenizerInfo(Strict):
         size: number of ids.
         bos_id: id put before each document under `bos="document"`.
         bos: "document" adds bos_id before every document, "none" adds nothing.
-        table: name of the store's table with every id's bytes, so that no model is needed to read text.
+        table: name of the store's table with every id's bytes, so that no model is needed to read
+            text.
         special_ids: ids of control tokens.
     """
 
@@ -104,7 +107,8 @@ class Packing(Strict):
     Attributes:
         seq_len: tokens of a full window; the last window of a plan unit may be shorter.
         attention: "block-diagonal" keeps segments apart and restarts position ids; "full" does not.
-        document_separator: text that splits a text file into documents; None: one file, one document.
+        document_separator: text that splits a text file into documents; None: one file, one
+            document.
         text_key: field of a JSONL or Parquet row that holds the text.
     """
 
@@ -129,8 +133,10 @@ class Header(Document):
         format_version: a reader refuses a greater one.
         reader_features: a reader refuses a store that lists a name it does not know.
         store_uuid: ties plans, commits and index to this store.
-        sample_kind: "sequence" (one position per token) or "classification" (one position per sample).
-        alignment: "next-token": row t is the distribution over token t + 1; "none": no such relation.
+        sample_kind: "sequence" (one position per token) or "classification" (one position per
+            sample).
+        alignment: "next-token": row t is the distribution over token t + 1; "none": no such
+            relation.
         vocab_size: V, real ids only.
         chunk_positions: capacity of a chunk in positions; a longer sample gets a chunk of its own.
         schema_: every column of a record (JSON key `schema`).
@@ -139,7 +145,8 @@ class Header(Document):
         seed: of the counter-based random function.
         commit_mode: "create-only" where the storage refuses to overwrite; "single-writer" where it
             does not, and only one process may commit.
-        configuration: everything that decides the stored bytes, for people and for the diff on resume.
+        configuration: everything that decides the stored bytes, for people and for the diff on
+            resume.
         configuration_sha256: of the canonical JSON of `configuration`.
     """
 
@@ -169,7 +176,9 @@ class Header(Document):
     configuration: dict[str, JsonValue]
     configuration_sha256: Sha256
 
-    model_config = {**Document.model_config, "populate_by_name": True, "serialize_by_alias": True}
+    model_config = ConfigDict(
+        **Document.model_config, populate_by_name=True, serialize_by_alias=True
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Header:

@@ -14,8 +14,8 @@ _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 def check_key(key: str, *, where: str) -> str:
     """`key` when it is a plain relative path of at most four safe segments.
 
-    Refuses absolute paths, `..`, empty segments, drive letters, backslashes, NUL, percent-encoding and
-    anything else outside `[A-Za-z0-9._-]`, so that a document can never point out of its store.
+    Refuses absolute paths, `..`, empty segments, drive letters, backslashes, NUL, percent-encoding
+    and anything else outside `[A-Za-z0-9._-]`, so that a document can never point out of its store.
 
     Raises: FormatError path-not-allowed.
     """

@@ -1,7 +1,7 @@
 """Columns of a record, as the header lists them.
 
-An array's axis 0 counts samples, positions, or the entries of a ragged group. A group belongs to samples
-or positions; the column `num_<group>` on that axis says how many entries each owner has.
+An array's axis 0 counts samples, positions, or the entries of a ragged group. A group belongs to
+samples or positions; the column `num_<group>` on that axis says how many entries each owner has.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Column(Strict):
         dtype: numpy name of the values a reader sees.
         axis: "sample", "position", or the name of a group.
         inner: sizes of further axes, such as (K,).
-        step: when set, values are stored as integer multiples of -step (nats) and `dtype` is what they
-            decode to; the largest error is step / 2 with nearest rounding, step with stochastic rounding.
+        step: when set, values are stored as integer multiples of -step (nats) and `dtype` is what
+            they decode to; the largest error is step / 2 with nearest rounding, step with
+            stochastic rounding.
     """
 
     name: Name

@@ -45,7 +45,8 @@ class DenseSpec(Strict):
 
 
 class TopKSpec(Strict):
-    """The k most probable ids with log-probs; with p, only the smallest prefix that holds mass p (nucleus)."""
+    """The k most probable ids with log-probs; with p, only the smallest prefix that holds mass p
+    (nucleus)."""
 
     kind: Literal["topk"] = "topk"
     k: Annotated[int, Field(ge=1, le=MAX_IDS)]
@@ -58,7 +59,8 @@ class TopKSpec(Strict):
 
 
 class SampledSpec(Strict):
-    """RS-KD: ids of `rounds` draws with replacement from the proposal p^power, with their counts."""
+    """RS-KD: ids of `rounds` draws with replacement from the proposal p^power, with their
+    counts."""
 
     kind: Literal["sampled"] = "sampled"
     rounds: Annotated[int, Field(ge=1, le=MAX_IDS)]
@@ -69,7 +71,8 @@ class SampledSpec(Strict):
 
 
 class ThresholdSpec(Strict):
-    """Threshold sampling: probabilities of at least tau exactly, the rest sampled; or a fixed k per position.
+    """Threshold sampling: probabilities of at least tau exactly, the rest sampled; or a fixed k per
+    position.
 
     tau is kept as the fraction the user wrote ("1/40"), so that 1/3 is exactly 1/3.
     """

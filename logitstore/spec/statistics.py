@@ -1,4 +1,5 @@
-"""Mergeable statistics of a shard, kept in its commit so that nobody ever scans a store for them."""
+"""Mergeable statistics of a shard, kept in its commit so that nobody ever scans a store for
+them."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Measure(Strict):
 
 
 class Reliability(Strict):
-    """Teacher top-1 confidence against labels, in equal-width bins over [0, 1]; 1 falls in the last bin."""
+    """Teacher top-1 confidence against labels, in equal-width bins over [0, 1]; 1 falls in the last
+    bin."""
 
     counts: tuple[Count, ...]
     correct: tuple[Count, ...]
@@ -61,13 +63,14 @@ class CumulativeMass(Strict):
         positions: how many positions were used.
         ks: the k values.
         mass: sum over positions of the mass of the k most probable ids, one per k.
-        reach: for each of the mass levels 0.90, 0.95, 0.99, how many positions reach it at each k first.
+        reach: for each of the mass levels 0.90, 0.95, 0.99, how many positions reach it at each k
+            first.
     """
 
     positions: Count
     ks: tuple[Annotated[int, Field(ge=1)], ...]
     mass: tuple[float, ...]
-    reach: dict[str, tuple[Count, ...]] = {}
+    reach: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
 
 
 class Statistics(Strict):
@@ -75,10 +78,11 @@ class Statistics(Strict):
 
     Attributes:
         labels: positions with a label (loss_mask 1).
-        measures: name -> measure; names are entropy, top1_prob, label_logprob, label_rank, kept_mass, num_ids.
+        measures: name -> measure; names are entropy, top1_prob, label_logprob,
+            label_rank_log2, kept_mass, num_ids.
     """
 
     labels: Count = 0
-    measures: dict[str, Measure] = {}
+    measures: dict[str, Measure] = Field(default_factory=dict)
     reliability: Reliability | None = None
     cumulative_mass: CumulativeMass | None = None

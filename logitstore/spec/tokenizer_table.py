@@ -5,8 +5,9 @@ The table is canonical JSON (sorted keys, no spaces, one newline at the end):
     {"format":"logitstore-tokenizer","special":[0],"tokens":["3c733e",null,"20746865"],"version":1}
 
 `tokens[i]` is the lower-case hexadecimal of the bytes that id i stands for, null for an id the
-tokenizer does not use. `special` lists the ids of control tokens in ascending order; their bytes are
-their name. A table has exactly one encoding, so the tokenizer's fingerprint is the file's SHA-256.
+tokenizer does not use. `special` lists the ids of control tokens in ascending order; their bytes
+are their name. A table has exactly one encoding, so the tokenizer's fingerprint is the file's
+SHA-256.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from logitstore.targets.base import PAD_ID, Targets
 from logitstore.targets.context import GraphTargets, ScoresTargets
 from logitstore.targets.dense import DenseTargets
+from logitstore.targets.records import from_records
 from logitstore.targets.topk import TopKTargets
 from logitstore.targets.weighted import Entries, SampledTargets, ThresholdTargets, WeightedTargets
 
@@ -17,4 +18,5 @@ __all__ = [
     "ThresholdTargets",
     "TopKTargets",
     "WeightedTargets",
+    "from_records",
 ]

@@ -1,11 +1,12 @@
 """What all targets share: the per-position scalars, flat and padded forms, moving between devices.
 
-Letters: B samples of a batch, T positions of the longest sample, N positions of all samples together
+Letters: B samples of a batch, T positions of the longest sample, N positions of all samples
+    together
 (no padding), K kept ids per position, E stored entries of all positions together, V vocabulary.
 
-**Flat** targets hold the N positions of a batch one after another, sample by sample, and `lengths` [B]
-says where samples end. **Padded** targets hold [B, T, ...] (or any leading shape) and `lengths` is None.
-Ids past the end are -1, log-probs -inf, weights 0.
+**Flat** targets hold the N positions of a batch one after another, sample by sample, and `lengths`
+[B] says where samples end. **Padded** targets hold [B, T, ...] (or any leading shape) and `lengths`
+is None. Ids past the end are -1, log-probs -inf, weights 0.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Targets:
         lse: float32, logsumexp of the raw logits, nats; raw logit = log-prob + lse.
         lse_at: temperature -> float32, logsumexp(z / T): p_T(i) = exp(z_i / T - lse_at[T]).
         label_logprob: float32, log p(realised next token), nats; 0 where there is no label.
-        label_rank: int64, 0-based rank of the realised token in the teacher's order (saturates at 65535).
+        label_rank: int64, 0-based rank of the realised token in the teacher's order (saturates at
+            65535).
         entropy: float32, -sum p log p over the whole vocabulary, nats.
         top1_logprob: float32, log-prob of the most probable id, nats.
         logit_mean: float32, mean of the raw logits over the vocabulary.
@@ -63,7 +65,8 @@ class Targets:
 
     @property
     def is_flat(self) -> bool:
-        """True when positions follow each other without padding and `lengths` tells samples apart."""
+        """True when positions follow each other without padding and `lengths` tells samples
+        apart."""
         return self.lengths is not None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
@@ -130,7 +133,8 @@ class Targets:
 
 
 def pad_rows(rows_N: Tensor, lengths_B: Tensor, length: int, fill: float) -> Tensor:
-    """[N, ...] rows of B samples one after another -> [B, length, ...], short samples padded with `fill`.
+    """[N, ...] rows of B samples one after another -> [B, length, ...], short samples padded with
+    `fill`.
 
     Equal full-length samples (the usual packed case) are a view, not a copy.
     """

@@ -19,7 +19,8 @@ class GraphTargets(Targets):
     """Outer products of top-k logits summed over each segment's valid positions (InfiGFusion).
 
     Attributes:
-        coactivation: float [G, k, k], C = sum_t v_t v_t^T, one per segment, symmetric; None when only f is kept.
+        coactivation: float [G, k, k], C = sum_t v_t v_t^T, one per segment, symmetric; None when
+            only f is kept.
         row_sums: float [G, k], f = C 1.
         num_positions: int64 [G], valid positions summed.
         num_segments: int64 [B], segments of each sample; sums to G.
@@ -71,7 +72,8 @@ class ScoresTargets(Targets):
         return self.ids != PAD_ID
 
     def dense(self, vocab_size: int | None = None) -> Tensor:
-        """Softmax over the given candidates scattered to [..., V]; only meaningful when ids are classes."""
+        """Softmax over the given candidates scattered to [..., V]; only meaningful when ids are
+        classes."""
         masked = self.scores.masked_fill(~self.valid(), -torch.inf)
         probs = torch.softmax(masked, -1)
         out = probs.new_zeros(*probs.shape[:-1], vocab_size or self.vocab_size)

@@ -19,7 +19,8 @@ class DenseTargets(Targets):
     """Raw logits of the whole vocabulary.
 
     Attributes:
-        logits: float [N, V] flat or [B, T, V] (any leading shape) padded. -inf marks an id that cannot occur.
+        logits: float [N, V] flat or [B, T, V] (any leading shape) padded. -inf marks an id that
+            cannot occur.
     """
 
     signal: ClassVar[str] = "dense"

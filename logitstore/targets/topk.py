@@ -42,22 +42,28 @@ class TopKTargets(Targets):
         labels: Tensor | None = None,
         temperatures: Sequence[float] = (),
     ) -> TopKTargets:
-        """Exact targets from teacher logits [..., V], with log_tail, lse, entropy and what is asked for.
+        """Exact targets from teacher logits [..., V], with log_tail, lse, entropy and what is asked
+        for.
 
         Args:
             logits: float [..., V]; half types are upcast to float32.
             k: ids to keep, 1 to V.
-            labels: int64 [...], realised tokens; adds label_logprob and label_rank (negative: none).
+            labels: int64 [...], realised tokens; adds label_logprob and label_rank (negative:
+                none).
             temperatures: each adds `lse_at[T]`.
         """
         vocab_size = logits.shape[-1]
         if not 1 <= k <= vocab_size:
             raise TargetsError(
-                "k-exceeds-vocabulary", "cannot keep that many ids", got=k, expected=f"1..{vocab_size}"
+                "k-exceeds-vocabulary",
+                "cannot keep that many ids",
+                got=k,
+                expected=f"1..{vocab_size}",
             )
         z = at_least_float32(logits)
         lse = torch.logsumexp(z, -1)
-        # Stable descending sort = ties by lowest id; this constructor is for references, not for capture.
+        # Stable descending sort = ties by lowest id; this constructor is for references, not for
+        # capture.
         order = torch.sort(z, dim=-1, descending=True, stable=True).indices
         ids, rest = order[..., :k], order[..., k:]
         logprobs_all = z - lse[..., None]

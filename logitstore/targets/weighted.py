@@ -1,6 +1,7 @@
 """Sampled targets: unbiased sparse weights. RS-KD samples and threshold samples share one loss.
 
-Entries are ragged: `num_*` [N] says how many entries each position has, entry arrays [E] hold them one
+Entries are ragged: `num_*` [N] says how many entries each position has, entry arrays [E] hold them
+    one
 position after another. `padded()` gives rectangular [B, T, U] ids and weights.
 """
 
@@ -19,7 +20,8 @@ __all__ = ["Entries", "SampledTargets", "ThresholdTargets", "WeightedTargets"]
 
 @dataclass(frozen=True)
 class Entries:
-    """Sparse weights in rectangular form: ids int64 [..., U] (-1 pads) and weights float [..., U]."""
+    """Sparse weights in rectangular form: ids int64 [..., U] (-1 pads) and weights float [...,
+    U]."""
 
     ids: Tensor
     weights: Tensor
@@ -82,14 +84,17 @@ class WeightedTargets(Targets):
         width = vocab_size or self.vocab_size
         out_NV = self.weights.new_zeros(self.num_positions, width)
         out_NV[self.position_of_entry(), self.ids] = self.weights
-        return out_NV if self.lengths is None else pad_rows(
-            out_NV, self.lengths, self._padded_length(None), 0.0
+        return (
+            out_NV
+            if self.lengths is None
+            else pad_rows(out_NV, self.lengths, self._padded_length(None), 0.0)
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTargets(WeightedTargets):
-    """RS-KD: ids drawn with replacement, weights counts / rounds (importance-corrected for power != 1).
+    """RS-KD: ids drawn with replacement, weights counts / rounds (importance-corrected for power !=
+    1).
 
     Attributes:
         counts: int64 [E], how often each id was drawn; sums to `rounds` per position.
@@ -130,7 +135,8 @@ class SampledTargets(WeightedTargets):
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdTargets(WeightedTargets):
-    """Threshold (variance-optimal) sampling: head ids exact, tail ids of one position weigh the same.
+    """Threshold (variance-optimal) sampling: head ids exact, tail ids of one position weigh the
+    same.
 
     `ids` and `weights` hold head then tail of each position; the head comes in descending order.
 
