@@ -241,3 +241,17 @@ def test_a_pipe_that_closes_early_is_quiet(probe: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def test_completion_offers_commands_without_loading_them(probe: Path) -> None:
+    environment = {
+        **os.environ,
+        "_LOGITSTORE_COMPLETE": "bash_complete",
+        "COMP_WORDS": "logitstore pro",
+        "COMP_CWORD": "1",
+    }
+    (probe / "probe.py").write_text("raise AssertionError('loaded')")
+    done = subprocess.run(
+        program(probe), env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "plain,probe\n"
