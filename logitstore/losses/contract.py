@@ -2,11 +2,11 @@
 
 A loss is a plain function
 
-    loss(student_logits, targets, *, labels=None, mask=None, ..., reduction="mean", with_count=False)
+    loss(student_logits, targets, *, labels=None, mask=None, ..., reduction, with_count)
 
-decorated with `@loss(...)`, which records what it accepts (`LossInfo`) and refuses the rest before any
-arithmetic. Inside, `align` flattens student and targets to matching rows and `reduce` ends it, so that
-masks, reductions, counts and error messages are the same everywhere.
+decorated with `@loss(...)`, which records what it accepts (`LossInfo`) and refuses the rest before
+any arithmetic. Inside, `align` flattens student and targets to matching rows and `reduce` ends it,
+so that masks, reductions, counts and error messages are the same everywhere.
 
 Letters: R rows (all positions of the batch, padding included), V vocabulary, K kept ids.
 """
@@ -17,19 +17,21 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from logitstore.spec.errors import TargetsError, UsageError
-from logitstore.targets import Targets
+from logitstore.targets import DenseTargets, ScoresTargets, Targets, TopKTargets, WeightedTargets
 from logitstore.targets.dense import at_least_float32
 
 __all__ = [
     "LOSSES",
+    "MISSING",
     "LossAndCount",
     "LossInfo",
+    "Missing",
     "Reduction",
     "Rows",
     "align",
@@ -39,18 +41,23 @@ __all__ = [
 ]
 
 Reduction = Literal["mean", "sum", "none"]
+# Treatments of the mass a top-K record does not hold; docs/losses/missing.md compares them.
+Missing = Literal[
+    "ghost", "renormalize", "renormalize_both", "none", "uniform", "uniform_all", "label"
+]
+MISSING: tuple[str, ...] = get_args(Missing)
 Exactness = Literal["exact", "unbiased", "bounded", "approximate"]
 
 
 class LossAndCount(NamedTuple):
     """A reduced loss and how many rows it counts, so that accumulation and DDP can divide once.
 
-    `loss` is what `reduction` says; `count` int64 scalar. The exact mean over several batches or ranks is
-    the sum of `loss` (reduction="sum") over the sum of `count`.
+    `loss` is what `reduction` says; `count` int64 scalar. The exact mean over several batches or
+    ranks is the sum of `loss` (reduction="sum") over the sum of `count`.
     """
 
     loss: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class LossInfo:
         name: canonical function name.
         signals: signal -> how exact the loss is from that record.
         missing: signal -> allowed values of `missing=`; absent when the loss has no such choice.
-        needs: signal -> names of target fields it cannot do without (`lse`, `log_tail`, `lse_at`, ...).
+        needs: signal -> names of target fields it cannot do without (`lse`, `log_tail`, `lse_at`,
+            ...).
         needs_labels: True when `labels` must be given.
         source: paper and section.
         aliases: other names the field uses.
@@ -89,12 +97,25 @@ class LossInfo:
             )
 
     def check_missing(self, signal: str, missing: str) -> None:
-        """Refuse a treatment of the missing mass that is infinite or meaningless here."""
+        """Refuse a treatment of the missing mass that is infinite or meaningless here.
+
+        Signals this loss names no choice for lack nothing: every treatment is the same there.
+        """
+        # A loss may name treatments of its own, such as uld's bucket and zero.
+        if missing not in MISSING and not any(missing in own for own in self.missing.values()):
+            raise UsageError(
+                "bad-argument",
+                f"{self.name}: unknown treatment of the missing mass",
+                where="missing",
+                got=missing,
+                expected=", ".join(self.missing.get(signal, MISSING)),
+            )
         allowed = self.missing.get(signal)
         if allowed is not None and missing not in allowed:
             raise TargetsError(
                 "missing-not-allowed",
-                f"{self.name} from {signal} targets has no finite, meaningful value for missing={missing!r}",
+                f"{self.name} from {signal} targets has no finite, meaningful value "
+                f"for missing={missing!r}",
                 got=missing,
                 expected=", ".join(allowed),
             )
@@ -115,7 +136,7 @@ def loss(
     source: str,
     aliases: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
-    """Declare a loss: register it and check signal, `missing=`, labels and needed fields on each call."""
+    """Declare a loss: register it, and check targets, `missing=` and labels on each call."""
 
     def decorate(function: F) -> F:
         info = LossInfo(
@@ -166,8 +187,10 @@ _CAPTURE_FLAG = {
 }
 
 
-def require(targets: Targets, name: str, needed_by: str, *, temperature: float | None = None) -> Tensor:
-    """The field `name` of the targets (or `lse_at[temperature]`), or an error naming the capture flag."""
+def require(
+    targets: Targets, name: str, needed_by: str, *, temperature: float | None = None
+) -> Tensor:
+    """The field `name` (or `lse_at[temperature]`), or an error naming the capture flag."""
     if temperature is not None:
         value = targets.lse_at.get(float(temperature))
         if value is None:
@@ -186,7 +209,7 @@ def require(targets: Targets, name: str, needed_by: str, *, temperature: float |
             f"{needed_by} needs the field {name}, which these targets do not hold",
             hint=f"capture with {_CAPTURE_FLAG.get(name, '--aux ' + name)}",
         )
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 class Rows(NamedTuple):
@@ -205,6 +228,14 @@ class Rows(NamedTuple):
     leading: torch.Size
     row_of_position: Tensor | None
 
+    def per_row(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[R] from a scalar per position, flat [N] or padded; `fill` where there is none."""
+        if self.row_of_position is None or x.numel() == self.mask_R.numel():
+            return x.reshape(-1)
+        out_R = x.new_full(self.mask_R.shape, fill)
+        out_R[self.row_of_position] = x
+        return out_R
+
 
 def align(
     student_logits: Tensor,
@@ -217,10 +248,10 @@ def align(
 ) -> Rows:
     """Flatten student [..., V], labels [...], mask [...] and targets to the same R rows.
 
-    No shift happens here or anywhere: row t of the student meets row t of the targets (DESIGN section 4).
-    A position counts when `mask` is true there (default: all positions the targets have) and, when labels
-    are given without a mask, when its label is not `ignore_index`. Vocabulary: the student may have more
-    ids than the teacher (extended vocabularies), never fewer.
+    No shift happens here or anywhere: row t of the student meets row t of the targets (DESIGN
+    section 4). A position counts when `mask` is true there (default: all positions the targets
+    have) and, when labels are given without a mask, when its label is not `ignore_index`.
+    Vocabulary: the student may have more ids than the teacher (extended vocabularies), never fewer.
 
     Raises: TargetsError shape-mismatch, empty-mask.
     """
@@ -232,9 +263,10 @@ def align(
             "the student's vocabulary is smaller than the teacher's",
             got=f"student_logits {list(student_logits.shape)}",
             expected=f"last axis >= {targets.vocab_size}",
-            hint="use a student with the teacher's tokenizer, or a cross-tokenizer loss (uld, gold)",
+            hint="use a student with the teacher's tokenizer, or a cross-tokenizer loss (uld)",
         )
     length = leading[-1] if len(leading) >= 2 else None
+    _check_leading(targets, leading)
     row_of_position: Tensor | None = None
     present_R: Tensor | None = None
     num_rows = leading.numel()
@@ -265,7 +297,8 @@ def align(
         if present_R is not None:
             # A mask cannot ask for rows the teacher never saw.
             mask_R = mask_R & present_R
-    if not bool(mask_R.any()):
+    # Under torch.compile the check would break the graph; an empty mask then gives 0 / 0 = NaN.
+    if not torch.compiler.is_compiling() and not bool(mask_R.any()):
         raise TargetsError(
             "empty-mask",
             "no position counts: the mean would be 0 / 0",
@@ -312,6 +345,30 @@ def _flat(x: Tensor | None, leading: torch.Size, name: str) -> Tensor | None:
             expected=f"{list(leading)}, the leading shape of student_logits",
         )
     return x.reshape(-1)
+
+
+def _check_leading(targets: Targets, leading: torch.Size) -> None:
+    """Targets without `lengths` must have the student's leading shape; others are checked by
+    length."""
+    if targets.lengths is not None:
+        return
+    if isinstance(targets, DenseTargets):
+        shape = targets.logits.shape[:-1]
+    elif isinstance(targets, TopKTargets | ScoresTargets):
+        shape = targets.ids.shape[:-1]
+    elif isinstance(targets, WeightedTargets):
+        # Entries are ragged, so only the number of positions can be compared.
+        shape, leading = targets.num_ids.shape, torch.Size([leading.numel()])
+    else:
+        return
+    if shape != leading:
+        raise TargetsError(
+            "shape-mismatch",
+            "targets and student_logits disagree",
+            got=f"targets {list(shape)}",
+            expected=f"{list(leading)}, the leading shape of student_logits",
+            hint="pass the student's logits for batch.tokens unchanged, without a shift",
+        )
 
 
 def _shape_error(student_logits: Tensor, expected: str) -> TargetsError:

@@ -1,0 +1,265 @@
+"""Student log-probs at a few ids, and the log of everything else: what every sparse loss is made
+of.
+
+One softmax over the vocabulary in the forward pass, one scaling of its result in the backward pass.
+The gradient takes the place of the probabilities, so the extra memory is one copy of the logits;
+sparse losses are then ordinary arithmetic on [R, U] tensors.
+
+Letters: R rows, V vocabulary, U ids per row, S the first `num_excluded` ids of a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logitstore.targets.dense import at_least_float32
+
+__all__ = ["SparseLogprobs", "chunk_rows", "sparse_logprobs"]
+
+
+class SparseLogprobs(NamedTuple):
+    """What `sparse_logprobs` returns; rows that do not count hold 0 everywhere.
+
+    Attributes:
+        logprobs: float [R, U], log q at the ids, nats; 0 at padding.
+        log_tail: float [R], log of the student's mass outside S by masked logsumexp; 0 when S is
+            empty.
+        total: float [R], sum of log q over the first `sum_vocab` ids of the vocabulary; 0 when that
+            is 0.
+    """
+
+    logprobs: Tensor
+    log_tail: Tensor
+    total: Tensor
+
+
+def sparse_logprobs(
+    student_RV: Tensor,
+    ids_RU: Tensor,
+    mask_R: Tensor,
+    *,
+    num_excluded: int = 0,
+    sum_vocab: int = 0,
+    temperature: float = 1.0,
+) -> SparseLogprobs:
+    """log softmax(student / T) at `ids`, outside the first `num_excluded` of them, and summed up.
+
+    Args:
+        student_RV: float [R, V], raw logits; half types are computed in float32.
+        ids_RU: int64 [R, U], -1 pads. The first `num_excluded` (S) must be distinct within a row
+            and must leave at least one id outside; the others may repeat.
+        mask_R: bool [R]; other rows give 0 and get a zero gradient whatever they hold.
+        num_excluded: 0 skips `log_tail`.
+        sum_vocab: `total` runs over ids below it; 0 skips `total`.
+        temperature: T.
+
+    Gradient: exact, once; a second derivative is refused by autograd. Under torch.compile the same
+    values come from plain operators, which the compiler fuses and can differentiate again.
+    """
+    safe_RU = _without_padding(ids_RU)
+    if torch.compiler.is_compiling():
+        return _from_plain_operators(
+            student_RV, ids_RU, safe_RU, mask_R, num_excluded, sum_vocab, temperature
+        )
+    pad_RU = ids_RU < 0
+    # Inside the Function gradients are always off, so it has to be told.
+    wanted = torch.is_grad_enabled() and student_RV.requires_grad
+    return SparseLogprobs(
+        *_SparseLogprobs.apply(
+            student_RV, safe_RU, pad_RU, mask_R, num_excluded, sum_vocab, temperature, wanted
+        )
+    )
+
+
+def chunk_rows(num_rows: int, vocab: int, device: torch.device) -> int:
+    """Rows worked on at a time: small enough for the cache of each thread, large enough to keep all
+    busy.
+
+    On a CPU about 4 MiB of float32 per thread (measured flat between 1 and 32 MiB at V = 128,256);
+    on other devices, where launches cost more than memory traffic, about 256 MiB.
+    """
+    values = (2**20) * torch.get_num_threads() if device.type == "cpu" else 2**26
+    return max(1, min(num_rows, values // max(vocab, 1)))
+
+
+def _without_padding(ids_RU: Tensor) -> Tensor:
+    """Padding replaced by the row's first id (0 in an empty row): a valid address that changes
+    nothing."""
+    if ids_RU.shape[-1] == 0:
+        return ids_RU
+    first_R1 = ids_RU[:, :1].clamp_min(0)
+    return torch.where(ids_RU < 0, first_R1, ids_RU)
+
+
+def softmax_outside(
+    student_CV: Tensor, excluded_CS: Tensor, temperature: float, out_CV: Tensor
+) -> Tensor:
+    """Softmax over the ids outside `excluded`, written to `out` (0 at excluded ids); returns its
+    log normaliser [C].
+
+    The normaliser is max - log(max of the softmax): one more look at values in the cache instead of
+    a second pass of exponentials. The largest probability is at least 1/V, so its log is accurate.
+    """
+    source_CV: Tensor = student_CV
+    if excluded_CS.shape[-1] or temperature != 1.0 or student_CV.dtype != out_CV.dtype:
+        torch.mul(student_CV.to(out_CV.dtype), 1.0 / temperature, out=out_CV)
+        if excluded_CS.shape[-1]:
+            out_CV.scatter_(-1, excluded_CS, -torch.inf)
+        source_CV = out_CV
+    top_C = source_CV.amax(-1)
+    torch.softmax(source_CV, -1, out=out_CV)
+    log_normaliser_C = top_C - out_CV.amax(-1).log()
+    # Nothing outside: softmax of all -inf is NaN, the mass is 0.
+    return torch.where(torch.isneginf(top_C), top_C, log_normaliser_C)
+
+
+class _SparseLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_RV: Tensor,
+        ids_RU: Tensor,
+        pad_RU: Tensor,
+        mask_R: Tensor,
+        num_excluded: int,
+        sum_vocab: int,
+        temperature: float,
+        wanted: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        num_rows, vocab = student_RV.shape
+        dtype = torch.promote_types(student_RV.dtype, torch.float32)
+        # Half logits: keep the logits and take the softmax again in the backward pass, which needs
+        # half the memory of float32 probabilities and rounds the gradient once. Otherwise keep the
+        # softmax.
+        keep_softmax = wanted and student_RV.dtype == dtype
+        rows = chunk_rows(num_rows, vocab, student_RV.device)
+        softmax_RV = student_RV.new_empty((num_rows if keep_softmax else rows, vocab), dtype=dtype)
+        log_outside_R = student_RV.new_empty(num_rows, dtype=dtype)
+        total_R = student_RV.new_zeros(num_rows, dtype=dtype)
+        excluded_RS = ids_RU[:, :num_excluded]
+        for start in range(0, num_rows, rows):
+            part = slice(start, min(start + rows, num_rows))
+            out_CV = softmax_RV[part] if keep_softmax else softmax_RV[: part.stop - start]
+            log_outside_R[part] = softmax_outside(
+                student_RV[part], excluded_RS[part], temperature, out_CV
+            )
+            if sum_vocab:
+                total_R[part] = student_RV[part, :sum_vocab].sum(-1, dtype=dtype)
+        logits_RU = (student_RV.gather(-1, ids_RU).to(dtype) / temperature).masked_fill(pad_RU, 0.0)
+        if num_excluded:
+            inside_RS = logits_RU[:, :num_excluded].masked_fill(
+                pad_RU[:, :num_excluded], -torch.inf
+            )
+            lse_R = torch.logaddexp(log_outside_R, torch.logsumexp(inside_RS, -1))
+            log_tail_R = log_outside_R - lse_R
+        else:
+            lse_R = log_outside_R
+            log_tail_R = torch.zeros_like(lse_R)
+        logprobs_RU = logits_RU - lse_R[:, None]
+        if sum_vocab:
+            total_R = total_R / temperature - sum_vocab * lse_R
+        if wanted:
+            ctx.save_for_backward(
+                softmax_RV if keep_softmax else student_RV,
+                ids_RU,
+                pad_RU,
+                mask_R,
+                logprobs_RU,
+                log_tail_R,
+            )
+            ctx.settings = keep_softmax, num_excluded, sum_vocab, temperature
+        skip_R = ~mask_R
+        return (
+            logprobs_RU.masked_fill(pad_RU | skip_R[:, None], 0.0),
+            log_tail_R.masked_fill(skip_R, 0.0),
+            total_R.masked_fill(skip_R, 0.0),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # With g_j, g_tail, g_total the incoming gradients and C = sum_j g_j + g_tail + V' g_total:
+        #   outside S:  dz_v = softmax_outside_v * (g_tail - C s) + g_total [v < V'],   s =
+        # exp(log_tail)
+        #   at id j:    + g_j, and inside S also - C q_j
+        kept_RV, ids_RU, pad_RU, mask_R, logprobs_RU, log_tail_R = ctx.saved_tensors
+        keep_softmax, num_excluded, sum_vocab, temperature = ctx.settings
+        skip_R = ~mask_R
+        grad_RU = gradients[0].masked_fill(pad_RU | skip_R[:, None], 0.0)
+        grad_tail_R, grad_total_R = (g.masked_fill(skip_R, 0.0) for g in gradients[1:])
+        common_R = grad_RU.sum(-1) + grad_tail_R * bool(num_excluded) + sum_vocab * grad_total_R
+        at_ids_RU = grad_RU.clone()
+        if num_excluded:
+            inside_RS = (
+                logprobs_RU[:, :num_excluded]
+                .exp()
+                .masked_fill(pad_RU[:, :num_excluded] | skip_R[:, None], 0.0)
+            )
+            at_ids_RU[:, :num_excluded] -= common_R[:, None] * inside_RS
+            outside_R = grad_tail_R - common_R * log_tail_R.exp()
+        else:
+            outside_R = -common_R
+        inverse = 1.0 / temperature
+        scale_R1 = (outside_R * inverse).masked_fill(skip_R, 0.0)[:, None]
+        at_ids_RU = at_ids_RU * inverse
+        # A row without any incoming gradient gets exactly 0, whatever NaN or infinity it holds.
+        skip_R = skip_R | torch.isneginf(log_tail_R) & bool(num_excluded)
+        num_rows, vocab = kept_RV.shape
+        if keep_softmax:
+            # The probabilities become the gradient in place, unless the graph is kept for another
+            # pass.
+            result_RV = kept_RV.clone() if _graph_is_kept() else kept_RV
+        else:
+            result_RV = torch.empty_like(kept_RV)
+        rows = chunk_rows(num_rows, vocab, kept_RV.device)
+        buffer_CV = None if keep_softmax else kept_RV.new_empty((rows, vocab), dtype=grad_RU.dtype)
+        for start in range(0, num_rows, rows):
+            part = slice(start, min(start + rows, num_rows))
+            if buffer_CV is None:
+                grad_CV = result_RV[part]
+            else:
+                grad_CV = buffer_CV[: part.stop - start]
+                softmax_outside(kept_RV[part], ids_RU[part, :num_excluded], temperature, grad_CV)
+            grad_CV.mul_(scale_R1[part])
+            empty_C = skip_R[part].nonzero()[:, 0]
+            if empty_C.numel():
+                grad_CV.index_fill_(0, empty_C, 0.0)
+            if sum_vocab:
+                grad_CV[:, :sum_vocab].add_((grad_total_R[part] * inverse)[:, None])
+            grad_CV.scatter_add_(-1, ids_RU[part], at_ids_RU[part])
+            if buffer_CV is not None:
+                result_RV[part] = grad_CV
+        return result_RV, None, None, None, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """True when the running backward pass has retain_graph=True (or torch cannot tell)."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or bool(ask())
+
+
+def _from_plain_operators(
+    student_RV: Tensor,
+    ids_RU: Tensor,
+    safe_RU: Tensor,
+    mask_R: Tensor,
+    num_excluded: int,
+    sum_vocab: int,
+    temperature: float,
+) -> SparseLogprobs:
+    """The same values and gradients from differentiable torch operators."""
+    logits_RV = at_least_float32(student_RV).masked_fill(~mask_R[:, None], 0.0) / temperature
+    lse_R = torch.logsumexp(logits_RV, -1)
+    skip_RU = (ids_RU < 0) | ~mask_R[:, None]
+    logprobs_RU = (logits_RV.gather(-1, safe_RU) - lse_R[:, None]).masked_fill(skip_RU, 0.0)
+    log_tail_R = total_R = torch.zeros_like(lse_R)
+    if num_excluded:
+        outside_RV = logits_RV.scatter(-1, safe_RU[:, :num_excluded], -torch.inf)
+        log_tail_R = (torch.logsumexp(outside_RV, -1) - lse_R).masked_fill(~mask_R, 0.0)
+    if sum_vocab:
+        total_R = (logits_RV[:, :sum_vocab].sum(-1) - sum_vocab * lse_R).masked_fill(~mask_R, 0.0)
+    return SparseLogprobs(logprobs_RU, log_tail_R, total_R)

@@ -1,0 +1,172 @@
+"""Weighted cross-entropy targets: the one form that CE, RS-KD, threshold KD and top-K forward KL
+share.
+
+    loss_R = constant - sum_u w_u log q_u - w_tail log s - background * sum_{v < V} log q_v
+
+with s the student's mass outside the first `num_excluded` ids. Label cross-entropy is one more id,
+so that CE + KD costs one pass over the vocabulary.
+
+Letters: R rows, U ids of a row, V vocabulary of the teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from logitstore.losses.contract import Rows
+from logitstore.losses.rows import (
+    kept_rows,
+    refuse_temperature,
+    require_labels,
+    student_precision,
+    weighted_rows,
+)
+from logitstore.losses.sparse_logprobs import sparse_logprobs
+from logitstore.spec.errors import TargetsError, UsageError
+from logitstore.targets import TopKTargets, WeightedTargets
+
+__all__ = ["SparseTarget", "label_target", "merge", "sparse_target"]
+
+
+@dataclass(frozen=True)
+class SparseTarget:
+    """Weights of a weighted cross-entropy; rows that do not count hold zeros.
+
+    Attributes:
+        ids: int64 [R, U]; -1 pads.
+        weights: float [R, U]; 0 at padding.
+        constant: float [R], the part that does not depend on the student.
+        num_excluded: the first ids of each row that the tail is taken outside of; 0 when there is
+            no tail.
+        tail_weight: float [R] or None.
+        background: float [R] or None, weight of every id below `vocab_size` beside its own.
+        vocab_size: V.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    constant: Tensor
+    vocab_size: int
+    num_excluded: int = 0
+    tail_weight: Tensor | None = None
+    background: Tensor | None = None
+
+    def loss(self, student_RV: Tensor, mask_R: Tensor, temperature: float = 1.0) -> Tensor:
+        """float [R], nats; student [R, V] raw logits. Gradient (sum of weights) q - w."""
+        out = sparse_logprobs(
+            student_RV,
+            self.ids,
+            mask_R,
+            num_excluded=self.num_excluded,
+            sum_vocab=0 if self.background is None else self.vocab_size,
+            temperature=temperature,
+        )
+        loss_R = self.constant - (self.weights * out.logprobs).sum(-1)
+        if self.tail_weight is not None:
+            # 0 log 0 = 0: no teacher mass outside asks nothing of the student's.
+            log_tail_R = torch.where(self.tail_weight > 0, out.log_tail, 0.0)
+            loss_R = loss_R - self.tail_weight * log_tail_R
+        if self.background is not None:
+            loss_R = loss_R - self.background * out.total
+        return loss_R
+
+
+def sparse_target(rows: Rows, name: str, missing: str, temperature: float = 1.0) -> SparseTarget:
+    """KL(target || q) from top-K, sampled or threshold targets as a weighted cross-entropy.
+
+    Args:
+        rows: from `align`.
+        name: the loss, for messages.
+        missing: treatment of the mass a top-K record does not hold (any but renormalize_both).
+        temperature: T of the teacher side.
+    """
+    if isinstance(rows.targets, WeightedTargets):
+        refuse_temperature(rows.targets, name, temperature)
+        weighted = weighted_rows(rows)
+        weights_RU = student_precision(weighted.weights, rows)
+        constant_R = torch.xlogy(weights_RU, weights_RU).sum(-1)
+        return SparseTarget(weighted.ids, weights_RU, constant_R, rows.targets.vocab_size)
+    if isinstance(rows.targets, TopKTargets):
+        return _topk_target(rows, name, missing, temperature)
+    raise TargetsError(
+        "targets-mismatch",
+        f"{name} needs sparse targets",
+        got=rows.targets.signal,
+        expected="topk, sampled or threshold",
+    )
+
+
+def label_target(rows: Rows, name: str) -> SparseTarget:
+    """Cross-entropy with the labels."""
+    labels_R = require_labels(rows, name, "")
+    dtype = torch.promote_types(rows.student_RV.dtype, torch.float32)
+    return SparseTarget(
+        torch.where(rows.mask_R, labels_R, -1)[:, None],
+        rows.mask_R[:, None].to(dtype),
+        torch.zeros_like(labels_R, dtype=dtype),
+        rows.targets.vocab_size,
+    )
+
+
+def merge(kd: SparseTarget, kd_weight: float, ce: SparseTarget, ce_weight: float) -> SparseTarget:
+    """kd_weight * kd + ce_weight * ce as one target."""
+    if kd_weight < 0 or ce_weight < 0:
+        raise UsageError(
+            "bad-argument",
+            "weights of loss terms must not be negative",
+            got=f"kd_weight={kd_weight}, ce_weight={ce_weight}",
+        )
+    return SparseTarget(
+        # kd's ids stay first: the tail is taken outside of them.
+        torch.cat([kd.ids, ce.ids], -1),
+        torch.cat([kd.weights * kd_weight, ce.weights * ce_weight], -1),
+        kd.constant * kd_weight + ce.constant * ce_weight,
+        kd.vocab_size,
+        kd.num_excluded,
+        None if kd.tail_weight is None else kd.tail_weight * kd_weight,
+        None if kd.background is None else kd.background * kd_weight,
+    )
+
+
+def _topk_target(rows: Rows, name: str, missing: str, temperature: float) -> SparseTarget:
+    kept = kept_rows(rows, name, temperature)
+    ids_RK, p_RK, vocab = kept.ids, kept.probs, kept.vocab_size
+    head_constant_R = torch.xlogy(p_RK, p_RK).sum(-1)
+    if missing == "renormalize":
+        log_kept_R1 = torch.logsumexp(kept.logprobs, -1, keepdim=True)
+        p_RK = (kept.logprobs - log_kept_R1).exp().masked_fill(ids_RK < 0, 0.0)
+        return SparseTarget(ids_RK, p_RK, torch.xlogy(p_RK, p_RK).sum(-1), vocab)
+    if missing == "none":
+        return SparseTarget(ids_RK, p_RK, head_constant_R, vocab)
+    r_R = kept.require_tail(f"{name} with missing={missing!r}").exp()
+    if missing == "ghost":
+        constant_R = head_constant_R + torch.xlogy(r_R, r_R)
+        return SparseTarget(ids_RK, p_RK, constant_R, vocab, ids_RK.shape[-1], r_R)
+    if missing == "uniform":
+        # Residual over the V - K other ids: background everywhere, taken back at the kept ones.
+        each_R = r_R / (vocab - kept.num_kept).clamp_min(1)
+        weights_RK = torch.where(ids_RK >= 0, p_RK - each_R[:, None], 0.0)
+        constant_R = head_constant_R + torch.xlogy(r_R, each_R)
+        return SparseTarget(ids_RK, weights_RK, constant_R, vocab, background=each_R)
+    if missing == "uniform_all":
+        each_R = r_R / vocab
+        raised_RK = torch.where(ids_RK >= 0, p_RK + each_R[:, None], 0.0)
+        outside_R = (vocab - kept.num_kept) * torch.xlogy(each_R, each_R)
+        constant_R = torch.xlogy(raised_RK, raised_RK).sum(-1) + outside_R
+        return SparseTarget(ids_RK, p_RK, constant_R, vocab, background=each_R)
+    assert missing == "label", missing
+    labels_R = require_labels(rows, name, " with missing='label'")
+    at_label_RK = (ids_RK == labels_R[:, None]) & rows.mask_R[:, None]
+    outside_R = ~at_label_RK.any(-1) & rows.mask_R
+    weights_RK = p_RK + torch.where(at_label_RK, r_R[:, None], 0.0)
+    label_weight_R = torch.where(outside_R, r_R, 0.0)
+    constant_R = torch.xlogy(weights_RK, weights_RK).sum(-1)
+    return SparseTarget(
+        torch.cat([ids_RK, torch.where(outside_R, labels_R, -1)[:, None]], -1),
+        torch.cat([weights_RK, label_weight_R[:, None]], -1),
+        constant_R + torch.xlogy(label_weight_R, label_weight_R),
+        vocab,
+    )
