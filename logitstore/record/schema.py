@@ -8,7 +8,7 @@ from typing import Any, Literal
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import AUX_FIELDS
 from logitstore.spec.schema import Column, Group, Schema
-from logitstore.spec.signals import TopKSpec
+from logitstore.spec.signals import HEAD_STEP, DenseSpec, SampledSpec, ThresholdSpec, TopKSpec
 
 __all__ = ["aux_fields", "build_schema", "id_dtype"]
 
@@ -53,7 +53,50 @@ def _topk(spec: TopKSpec, vocab_size: int) -> _Layout:
     return columns, groups, defaults, frozenset({"top1_logprob"})
 
 
-_LAYOUTS: dict[str, Callable[[Any, int], _Layout]] = {"topk": _topk}
+def _dense(spec: DenseSpec, vocab_size: int) -> _Layout:
+    columns = [Column(name="logits", dtype=spec.dtype, axis="position", inner=(vocab_size,))]
+    # everything else follows from the logits
+    return columns, [], (), frozenset({"log_tail"})
+
+
+def _sampled(spec: SampledSpec, vocab_size: int) -> _Layout:
+    columns = [
+        Column(name="num_ids", dtype="uint16", axis="position"),
+        Column(name="ids", dtype="uint32", axis="ids"),
+        Column(name="counts", dtype="uint16", axis="ids"),
+    ]
+    if spec.power != 1.0:
+        columns.append(Column(name="weights", dtype="float16", axis="ids"))
+    group = Group(name="ids", owner="position", id_column="ids", pairs="pairs")
+    defaults = ("label_logprob", "label_rank", "entropy")
+    # the mass outside a random sample says nothing about the teacher
+    return columns, [group], defaults, frozenset({"log_tail"})
+
+
+def _threshold(spec: ThresholdSpec, vocab_size: int) -> _Layout:
+    count: Literal["uint8", "uint16"] = "uint8" if spec.budget <= 255 else "uint16"
+    columns = [
+        Column(name="num_heads", dtype=count, axis="position"),
+        Column(name="head_ids", dtype="uint32", axis="heads"),
+        Column(name="head_logprobs", dtype="float32", axis="heads", step=HEAD_STEP),
+        Column(name="num_tails", dtype=count, axis="position"),
+        Column(name="tail_ids", dtype="uint32", axis="tails"),
+    ]
+    groups = [
+        Group(name="heads", owner="position"),
+        Group(name="tails", owner="position", id_column="tail_ids", pairs="tail_pairs"),
+    ]
+    defaults = ("label_logprob", "label_rank", "entropy")
+    # log_tail is there already, in the first head slot
+    return columns, groups, defaults, frozenset({"log_tail"})
+
+
+_LAYOUTS: dict[str, Callable[[Any, int], _Layout]] = {
+    "dense": _dense,
+    "sampled": _sampled,
+    "threshold": _threshold,
+    "topk": _topk,
+}
 
 
 def layout_of(signal: Any, vocab_size: int) -> _Layout:
@@ -111,7 +154,9 @@ def aux_fields(
             if "top1_logprob" in refused
             else None,
         )
-    if sample_kind == "sequence":
+    if sample_kind == "sequence" or signal.kind == "threshold":
+        # Probes need it for sequences; a threshold record does not store the label's probability
+        # twice.
         names.add("label_logprob")
     return tuple(f for f in AUX_FIELDS if f in names)
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 MAX_IDS = 65_535
+
+# Step of threshold head log-probs, nats.
+HEAD_STEP = 1 / 64
 
 
 class DenseSpec(Strict):
@@ -86,14 +90,27 @@ class ThresholdSpec(Strict):
     def _one_of(self) -> ThresholdSpec:
         if (self.tau is None) == (self.k is None):
             raise ValueError("give either tau (such as 1/40) or k, not both")
-        if self.tau is not None and not 0 < Fraction(self.tau) <= 1:
-            raise ValueError("tau must lie in (0, 1]")
+        if self.tau is not None:
+            try:
+                tau = Fraction(self.tau)
+            except (ValueError, ZeroDivisionError):
+                raise ValueError("tau must be a fraction such as 1/40") from None
+            if not Fraction(1, MAX_IDS - 1) <= tau <= 1:
+                raise ValueError(f"tau must lie between 1/{MAX_IDS - 1} and 1")
         return self
 
     @property
     def tau_value(self) -> float | None:
         """tau as a float, None for fixed k."""
         return None if self.tau is None else float(Fraction(self.tau))
+
+    @property
+    def budget(self) -> int:
+        """Most ids a position stores beside the realised next token."""
+        if self.k is not None:
+            return self.k
+        assert self.tau is not None
+        return math.floor(1 / Fraction(self.tau)) + 1
 
     def __str__(self) -> str:
         return f"threshold:tau={self.tau}" if self.tau is not None else f"threshold:k={self.k}"

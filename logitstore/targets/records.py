@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from logitstore.record import Record
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import AUX_FIELDS, Header
-from logitstore.targets.base import PAD_ID, Targets, pad_rows
-from logitstore.targets.topk import TopKTargets
+from logitstore.targets import builders
+from logitstore.targets.base import Targets
+from logitstore.targets.builders import as_float32, as_int64
 
 __all__ = ["BUILDERS", "from_records"]
 
@@ -62,26 +61,10 @@ def _common(record: Record, header: Header) -> dict[str, Any]:
     return fields
 
 
-def _topk(record: Record, header: Header, common: dict[str, Any]) -> TopKTargets:
-    ids, logprobs = as_int64(record["ids"]), as_float32(record["logprobs"])
-    if "num_ids" in record:
-        counts = as_int64(record["num_ids"])
-        width = int(counts.max()) if counts.numel() else 1
-        ids = pad_rows(ids, counts, width, PAD_ID)
-        logprobs = pad_rows(logprobs, counts, width, -torch.inf)
-    log_tail = as_float32(record["log_tail"]) if "log_tail" in record else None
-    return TopKTargets(ids=ids, logprobs=logprobs, log_tail=log_tail, **common)
-
-
 # signal kind -> (record, header, common fields) -> targets
-BUILDERS: dict[str, Callable[[Record, Header, dict[str, Any]], Targets]] = {"topk": _topk}
-
-
-def as_int64(column: np.ndarray[Any, Any]) -> Tensor:
-    """An integer column as an int64 tensor."""
-    return torch.from_numpy(column.astype(np.int64))
-
-
-def as_float32(column: np.ndarray[Any, Any]) -> Tensor:
-    """A float column as a float32 tensor that owns its memory."""
-    return torch.from_numpy(column.astype(np.float32))
+BUILDERS: dict[str, Callable[[Record, Header, dict[str, Any]], Targets]] = {
+    "dense": builders.dense,
+    "sampled": builders.sampled,
+    "threshold": builders.threshold,
+    "topk": builders.topk,
+}
