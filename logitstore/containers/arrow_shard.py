@@ -9,6 +9,7 @@ Source: Apache Arrow Columnar Format 1.5, "Encapsulated message format" and "IPC
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Collection
 from functools import lru_cache
@@ -274,7 +275,7 @@ def _to_record(batch: pa.RecordBatch, schema: Schema, wanted: set[str]) -> Recor
         for size in column.inner:
             array = _no_nulls(array).values[: len(array) * size]
         flat = _no_nulls(array).to_numpy(zero_copy_only=column.dtype != "bool")
-        length = len(flat) // max(1, int(np.prod(column.inner, dtype=np.int64)))
+        length = len(flat) // math.prod(column.inner)
         values[column.name] = flat.reshape(length, *column.inner)
     if "position" in offsets:
         shared("position", _cumulative(values["sample_lengths"]))

@@ -11,7 +11,7 @@ import math
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +38,13 @@ from logitstore.containers.zarr_layout import (
 from logitstore.record.record import Record
 from logitstore.spec.commit import ChunkRow, Commit, Layout
 from logitstore.spec.header import Header
+from logitstore.spec.schema import DType
 
 __all__ = ["ZarrContainer"]
 
 _METADATA = "zarr.json"
 _CRC_BYTES = 4
+_ITEM_BYTES = {name: np.dtype(name).itemsize for name in get_args(DType)}
 
 
 class ZarrContainer:
@@ -67,7 +69,7 @@ class ZarrContainer:
     ) -> Record:
         """See `Container.decode`."""
         row, where = check_chunk(data, commit, chunk, verified=verified)
-        layout = _checked_layout(header, commit, where)
+        layout = _checked_layout(header, commit, row, where)
         arrays = _arrays(header, layout)
         try:
             contents = split_entries(memoryview(data), [a.key(chunk) for a in arrays])
@@ -87,7 +89,11 @@ class ZarrContainer:
             expected: dict[str, bytes | None] = {}
             offsets: dict[str, int] = {}
             if commit.chunks:
-                layout = _checked_layout(header, commit, where)
+                longest = max(row.positions for row in commit.chunks)
+                most = max(row.samples for row in commit.chunks)
+                layout = _checked_layout(header, commit, commit.chunks[0], where)
+                if (layout.samples, layout.positions) != (most, _capacity(header, longest)):
+                    raise malformed(where, "layout is not that of the chunk table", got=layout)
                 arrays = _arrays(header, layout)
                 for number, row in enumerate(commit.chunks):
                     offsets[arrays[0].key(number)] = row.offset
@@ -366,26 +372,23 @@ def _capacity(header: Header, longest: int) -> int:
     return max(header.chunk_positions, longest)
 
 
-def _checked_layout(header: Header, commit: Commit, where: str) -> Layout:
-    """The commit's layout, once it fits its chunk table and the limits.
+def _checked_layout(header: Header, commit: Commit, row: ChunkRow, where: str) -> Layout:
+    """The commit's layout, once a chunk of it fits the limits.
 
     Raises: FormatError chunk-malformed.
     """
     layout = commit.layout
     if layout is None:
         raise malformed(where, "commit has no layout")
-    if layout.samples != max(row.samples for row in commit.chunks):
-        raise malformed(where, "layout.samples is not the largest of the chunk table")
-    if layout.positions != _capacity(header, max(row.positions for row in commit.chunks)):
-        raise malformed(where, "layout.positions is not the largest of header and chunk table")
-    groups = {group.name for group in header.schema_.groups}
-    if layout.entries.keys() != groups:
+    if row.samples > layout.samples or row.positions > layout.positions:
+        raise malformed(where, "layout is too small for the chunk", got=layout, expected=row)
+    if layout.entries.keys() != {group.name for group in header.schema_.groups}:
         raise malformed(
             where, "layout.entries names other groups than the header", got=sorted(layout.entries)
         )
     for array in _arrays(header, layout):
-        count = math.prod(array.size(layout))
-        if not 1 <= count * np.dtype(array.dtype).itemsize <= MAX_ARRAY_BYTES:
+        chunk_bytes = math.prod(array.size(layout)) * _ITEM_BYTES[array.dtype]
+        if not 1 <= chunk_bytes <= MAX_ARRAY_BYTES:
             raise malformed(
                 where,
                 f"array {array.name} has an impossible size",

@@ -6,13 +6,14 @@ samples or positions; the column `num_<group>` on that axis says how many entrie
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from logitstore.spec.document import Strict
 
-__all__ = ["Column", "Group", "Schema"]
+__all__ = ["Column", "DType", "Group", "Schema"]
 
 DType = Literal["bool", "uint8", "uint16", "uint32", "uint64", "int32", "float16", "float32"]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -95,12 +96,25 @@ class Schema(Strict):
                 ids = by_name.get(group.id_column)
                 if ids is None or ids.axis != group.name or group.owner != "position":
                     raise ValueError(f"group {group.name}: id_column must be one of its columns")
+                if group.pairs in by_name or f"num_{group.pairs}" in by_name.keys() - {
+                    group.count_column
+                }:
+                    raise ValueError(f"group {group.name}: pairs must not be named like a column")
         return self
 
     def column(self, name: str) -> Column | None:
         """The column of that name, or None."""
-        return next((c for c in self.columns if c.name == name), None)
+        return self._columns_by_name.get(name)
 
     def group(self, name: str) -> Group | None:
         """The group of that name, or None."""
-        return next((g for g in self.groups if g.name == name), None)
+        return self._groups_by_name.get(name)
+
+    # Every chunk that is decoded looks up every column.
+    @cached_property
+    def _columns_by_name(self) -> dict[str, Column]:
+        return {column.name: column for column in self.columns}
+
+    @cached_property
+    def _groups_by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
