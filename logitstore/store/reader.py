@@ -1,0 +1,312 @@
+"""Reading a store: a pinned snapshot of shards, chunk by chunk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from logitstore.containers import container
+from logitstore.containers.protocol import crc32c
+from logitstore.record.record import Record
+from logitstore.record.statistics import merge
+from logitstore.spec.commit import Commit
+from logitstore.spec.errors import IntegrityError, NotFoundError, StateError
+from logitstore.spec.header import Header
+from logitstore.spec.index import Index, IndexRow
+from logitstore.spec.plan import Plan
+from logitstore.spec.statistics import Statistics
+from logitstore.store.backend import Backend
+from logitstore.store.connect import connect
+from logitstore.store.documents import (
+    INDEX_KEY,
+    index_row,
+    list_commits,
+    load_commit,
+    load_commits,
+    load_header,
+    load_index,
+    load_plans,
+    load_table,
+    object_key,
+)
+from logitstore.store.location import Location
+from logitstore.store.lru import ProcessLRU
+from logitstore.store.snapshot import Snapshot
+
+__all__ = ["ShardView", "Store", "open_store", "rows_of", "sum_column_bytes", "unsealed_on_http"]
+
+# Chunk rows of cached commits; each takes about half a kilobyte.
+MAX_CACHED_ROWS = 200_000
+
+
+_Held = tuple[Commit, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class ShardView:
+    """One visible shard: name, generation, what it holds, and its object under `shards/`."""
+
+    shard: str
+    generation: int
+    samples: int
+    positions: int
+    object: str
+    object_bytes: int
+
+
+def open_store(
+    location: str | os.PathLike[str] | Location, *, snapshot: Snapshot | None = None
+) -> Store:
+    """Open a store and pin what it holds now.
+
+    A sealed store takes two reads (header, index) whatever its size; another one is listed and its
+    commits are read. Plain HTTP needs a sealed store.
+
+    Args:
+        location: folder, or file, s3, gs, az, http or https URL.
+        snapshot: pin exactly these commits instead.
+
+    Raises: NotFoundError not-a-store; StorageError; FormatError; IntegrityError; StateError
+    state-mismatch for another store's snapshot.
+    """
+    backend = connect(location)
+    header, header_sha256 = load_header(backend)
+    index = load_index(backend, header, header_sha256)
+    if snapshot is not None and snapshot.store_uuid != header.store_uuid:
+        raise StateError(
+            "state-mismatch",
+            "snapshot belongs to another store",
+            where=backend.location,
+            got=snapshot.store_uuid,
+            expected=header.store_uuid,
+        )
+    if index is None:
+        if backend.location.kind == "http":
+            raise unsealed_on_http(backend)
+        rows = rows_of(backend, header, None if snapshot is None else snapshot.commits)
+    else:
+        rows = index.shards
+        if snapshot is not None:
+            rows = _pinned(index, snapshot, backend)
+    return Store(backend, header, index, rows)
+
+
+def unsealed_on_http(backend: Backend) -> IntegrityError:
+    """The error for a store without index where nothing can be listed."""
+    return IntegrityError(
+        "document-missing",
+        "a store on a plain HTTP server must be sealed",
+        where=f"{backend.location}/{INDEX_KEY}",
+        hint="run `logitstore seal` on the store before copying it there",
+    )
+
+
+def rows_of(
+    backend: Backend, header: Header, pairs: Collection[tuple[str, int]] | None
+) -> tuple[IndexRow, ...]:
+    """Rows of an unsealed store: of these commits, or of the highest generation of every shard."""
+    if pairs is None:
+        pairs = [(shard, found[-1]) for shard, found in list_commits(backend).items()]
+    # Plans are listed after commits, so that every listed commit finds its plan.
+    plans = load_plans(backend, header, None)
+    return tuple(index_row(c, digest) for c, digest in load_commits(backend, header, pairs, plans))
+
+
+def _pinned(index: Index, snapshot: Snapshot, backend: Backend) -> tuple[IndexRow, ...]:
+    rows = {(row.shard, row.generation): row for row in index.shards}
+    missing = [pair for pair in snapshot.commits if pair not in rows]
+    if missing:
+        raise StateError(
+            "state-mismatch",
+            "the sealed store does not hold the snapshot's commits",
+            where=backend.location,
+            got=f"{len(missing)} missing, first {missing[0]}",
+        )
+    return tuple(rows[pair] for pair in snapshot.commits)
+
+
+class Store:
+    """A store at one snapshot. Thread-safe; can be sent to worker processes.
+
+    Local stores can also be used in forked children; remote ones raise StorageError fork-unsafe
+    there.
+
+    Attributes:
+        location: where it is.
+        header: what it is.
+        sealed: whether it is complete and has an index.
+        shards: visible shards in reading order.
+        num_samples, num_positions: of all shards.
+    """
+
+    def __init__(
+        self, backend: Backend, header: Header, index: Index | None, rows: tuple[IndexRow, ...]
+    ) -> None:
+        self.location = backend.location
+        self.header = header
+        self.sealed = index is not None
+        self.shards = tuple(
+            ShardView(r.shard, r.generation, r.samples, r.positions, r.object, r.object_bytes)
+            for r in rows
+        )
+        self.num_samples = sum(row.samples for row in rows)
+        self.num_positions = sum(row.positions for row in rows)
+        self._backend = backend
+        self._index = index
+        self._rows = rows
+        self._first_sample = _prefix_sums([row.samples for row in rows])
+        self._container = container(header.container)
+        # shard index -> commit and the number of the first sample of each chunk
+        self._commits: ProcessLRU[int, _Held] = ProcessLRU(MAX_CACHED_ROWS, _rows_held)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release files and connections; records that were read stay valid."""
+        self._backend.close()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The pinned commits."""
+        return Snapshot(
+            self.header.store_uuid, tuple((row.shard, row.generation) for row in self._rows)
+        )
+
+    def refresh(self) -> Store:
+        """This store with what it holds now."""
+        return open_store(self.location)
+
+    def plans(self) -> tuple[Plan, ...]:
+        """All plans, in order of their numbers."""
+        found = load_plans(self._backend, self.header, self._index)
+        return tuple(plan for plan, _ in found.values())
+
+    def table(self, name: str) -> bytes:
+        """A table's bytes, checked against the header.
+
+        Raises: NotFoundError table-not-found; IntegrityError document-missing, table-hash-mismatch.
+        """
+        return load_table(self._backend, self.header, name)
+
+    def commit(self, shard: int) -> Commit:
+        """The commit of the shard with this index in `shards`.
+
+        Raises: FormatError; IntegrityError document-missing, document-hash-mismatch,
+        document-mismatch, index-mismatch.
+        """
+        return self._commit(shard)[0]
+
+    def locate(self, sample: int) -> tuple[int, int, int]:
+        """(shard index, chunk, row inside the chunk) of a sample.
+
+        Raises: NotFoundError sample-out-of-range.
+        """
+        if not 0 <= sample < self.num_samples:
+            raise NotFoundError(
+                "sample-out-of-range",
+                "no such sample",
+                where=self.location,
+                got=sample,
+                expected=f"0 to {self.num_samples - 1}" if self.num_samples else "none: no samples",
+            )
+        shard = int(np.searchsorted(self._first_sample, sample, side="right")) - 1
+        inside = sample - int(self._first_sample[shard])
+        first = self._commit(shard)[1]
+        chunk = int(np.searchsorted(first, inside, side="right")) - 1
+        return shard, chunk, inside - int(first[chunk])
+
+    def read_chunk(self, shard: int, chunk: int, columns: Collection[str] | None = None) -> Record:
+        """One chunk's record, its bytes compared with the committed checksum.
+
+        Args:
+            shard: index into `shards`.
+            chunk: index into the commit's chunk table.
+            columns: only these; None for all.
+
+        Raises: IntegrityError object-missing, object-size-mismatch, chunk-checksum-mismatch;
+        FormatError chunk-malformed; StorageError.
+        """
+        commit = self.commit(shard)
+        row = commit.chunks[chunk]
+        key = object_key(commit.object.name)
+        data = self._backend.get_range(key, row.offset, row.bytes, size_bytes=commit.object.bytes)
+        if crc32c(data) != row.crc32c:
+            raise IntegrityError(
+                "chunk-checksum-mismatch",
+                "chunk is damaged",
+                where=f"{self.location}/{key} chunk {chunk}",
+                got=f"crc32c {crc32c(data):08x} of {row.bytes} bytes at {row.offset}",
+                expected=f"crc32c {row.crc32c:08x}",
+                hint="restore the object from a copy; `logitstore verify --full` lists all damage",
+            )
+        return self._container.decode(data, self.header, commit, chunk, columns, verified=True)
+
+    def sample(self, sample: int, columns: Collection[str] | None = None) -> Record:
+        """One sample; decodes its whole chunk."""
+        shard, chunk, row = self.locate(sample)
+        return self.read_chunk(shard, chunk, columns).sample(row)
+
+    def statistics(self) -> Statistics:
+        """Of all visible shards, from commits or the index; no chunk is read."""
+        if self._index is not None and len(self._rows) == len(self._index.shards):
+            return self._index.statistics
+        return merge(self.commit(i).statistics for i in range(len(self.shards)))
+
+    def column_bytes(self) -> dict[str, int]:
+        """Stored bytes by column over all visible shards, headers and padding included."""
+        if self._index is not None and len(self._rows) == len(self._index.shards):
+            return dict(self._index.column_bytes)
+        return sum_column_bytes(self.commit(i).column_bytes for i in range(len(self.shards)))
+
+    def _commit(self, shard: int) -> _Held:
+        held = self._commits.get(shard)
+        if held is not None:
+            return held
+        row = self._rows[shard]
+        commit, _ = load_commit(
+            self._backend, self.header, row.shard, row.generation, sha256=row.commit_sha256
+        )
+        if index_row(commit, row.commit_sha256) != row:
+            raise IntegrityError(
+                "index-mismatch",
+                "the index's row and the commit disagree",
+                where=f"{self.location}/{INDEX_KEY} shard {row.shard}",
+            )
+        first = _prefix_sums([chunk.samples for chunk in commit.chunks])
+        return self._commits.put(shard, (commit, first))
+
+
+def _rows_held(held: _Held) -> int:
+    return 1 + len(held[0].chunks)
+
+
+def sum_column_bytes(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Adds up `column_bytes` of several commits."""
+    total: dict[str, int] = {}
+    for part in parts:
+        for name, size in part.items():
+            total[name] = total.get(name, 0) + size
+    return total
+
+
+def _prefix_sums(counts: list[int]) -> np.ndarray[Any, Any]:
+    sums = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=sums[1:])
+    return sums
