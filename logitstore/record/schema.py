@@ -8,7 +8,15 @@ from typing import Any, Literal
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import AUX_FIELDS
 from logitstore.spec.schema import Column, Group, Schema
-from logitstore.spec.signals import HEAD_STEP, DenseSpec, SampledSpec, ThresholdSpec, TopKSpec
+from logitstore.spec.signals import (
+    HEAD_STEP,
+    DenseSpec,
+    GraphSpec,
+    SampledSpec,
+    ScoresSpec,
+    ThresholdSpec,
+    TopKSpec,
+)
 
 __all__ = ["aux_fields", "build_schema", "id_dtype"]
 
@@ -91,8 +99,46 @@ def _threshold(spec: ThresholdSpec, vocab_size: int) -> _Layout:
     return columns, groups, defaults, frozenset({"log_tail"})
 
 
+def _graph(spec: GraphSpec, vocab_size: int) -> _Layout:
+    columns = [
+        Column(name="num_segments", dtype="uint16", axis="sample"),
+        Column(name="graph_positions", dtype="uint32", axis="segments"),
+    ]
+    groups = [Group(name="segments", owner="sample")]
+    if spec.form == "rank":
+        triangle = spec.k * (spec.k + 1) // 2
+        columns += [
+            Column(name="row_sums", dtype="float32", axis="segments", inner=(spec.k,)),
+            Column(name="coactivation", dtype="float32", axis="segments", inner=(triangle,)),
+        ]
+    else:
+        columns += [
+            Column(name="num_nodes", dtype="uint32", axis="sample"),
+            Column(name="node_ids", dtype="uint32", axis="nodes"),
+            Column(name="node_segments", dtype="uint16", axis="nodes"),
+            Column(name="node_sums", dtype="float32", axis="nodes"),
+            Column(name="num_edges", dtype="uint32", axis="sample"),
+            Column(name="edge_ids", dtype="uint32", axis="edges", inner=(2,)),
+            Column(name="edge_segments", dtype="uint16", axis="edges"),
+            Column(name="edge_weights", dtype="float32", axis="edges"),
+        ]
+        groups += [Group(name="nodes", owner="sample"), Group(name="edges", owner="sample")]
+    return columns, groups, ("label_logprob", "entropy"), frozenset({"log_tail"})
+
+
+def _scores(spec: ScoresSpec, vocab_size: int) -> _Layout:
+    columns = [
+        Column(name="ids", dtype="uint32", axis="position", inner=(spec.candidates,)),
+        Column(name="scores", dtype="float32", axis="position", inner=(spec.candidates,)),
+    ]
+    # the teacher scored these candidates and nothing else
+    return columns, [], (), frozenset(AUX_FIELDS)
+
+
 _LAYOUTS: dict[str, Callable[[Any, int], _Layout]] = {
     "dense": _dense,
+    "graph": _graph,
+    "scores": _scores,
     "sampled": _sampled,
     "threshold": _threshold,
     "topk": _topk,

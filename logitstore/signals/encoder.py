@@ -22,7 +22,7 @@ from logitstore.spec.errors import TeacherError, UsageError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
 
-__all__ = ["ENCODERS", "Encoder", "Rows", "SignalEncoder", "encoder", "register"]
+__all__ = ["ENCODERS", "Completion", "Encoder", "Rows", "SignalEncoder", "encoder", "register"]
 
 
 @dataclass
@@ -49,8 +49,42 @@ class Rows:
     seed: int
 
 
+@dataclass(frozen=True)
+class Completion:
+    """What a signal that sums over positions needs once all of them are encoded.
+
+    Attributes:
+        sample_lengths: int [S], positions of each sample.
+        segment_ids_P: int [P], segment of each position inside its sample.
+        mask_P: bool [P], positions that count.
+    """
+
+    sample_lengths: NDArray[Any]
+    segment_ids_P: NDArray[Any]
+    mask_P: NDArray[np.bool_]
+
+    def segment_of_position(self) -> NDArray[np.int64]:
+        """int64 [P]: number of the position's segment among those of all samples, ascending."""
+        starts = np.zeros(len(self.segment_ids_P), np.int64)
+        starts[1:] = self.segment_ids_P[1:] != self.segment_ids_P[:-1]
+        ends = np.cumsum(self.sample_lengths)[:-1]
+        starts[ends] = 1
+        return np.cumsum(starts)
+
+    def segments_per_sample(self) -> NDArray[np.int64]:
+        """int64 [S]."""
+        segment = self.segment_of_position()
+        last = np.cumsum(self.sample_lengths) - 1
+        return np.diff(segment[last], prepend=-1)
+
+
 class SignalEncoder(Protocol):
-    """What a signal adds: its own columns for a chunk of rows."""
+    """What a signal adds: its own columns for a chunk of rows.
+
+    A signal that sums over positions also has `intermediate`, column name -> dtype of what
+    `columns` gives per position, and `complete(columns, completion)`, which turns that into stored
+    columns.
+    """
 
     def __init__(self, spec: Any, header: Header) -> None: ...
 
@@ -109,6 +143,7 @@ class Encoder:
         self._header = header
         self._signal = cls(header.signal, header)
         self._wanted = {c.name: np.dtype(c.dtype) for c in self.schema.columns}
+        self._wanted.update(getattr(self._signal, "intermediate", {}))
         self._always: Tensor | None = (
             torch.tensor(header.always_ids, dtype=torch.int64) if header.always_ids else None
         )
@@ -172,6 +207,13 @@ class Encoder:
             columns.update(self._signal.columns(rows))
             parts.append({n: t for n, t in columns.items() if n in self._wanted})
         return {name: self._numpy(name, [p[name] for p in parts]) for name in parts[0]}
+
+    def complete(
+        self, columns: dict[str, NDArray[Any]], completion: Completion
+    ) -> dict[str, NDArray[Any]]:
+        """Columns of whole samples from those of all their positions, for signals that sum."""
+        finish = getattr(self._signal, "complete", None)
+        return columns if finish is None else finish(columns, completion)
 
     def _scalars(self, rows: Rows, shifted: Tensor, total: Tensor) -> dict[str, Tensor]:
         """The aux fields that do not depend on what the signal keeps."""

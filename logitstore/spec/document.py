@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -53,6 +54,10 @@ class Document(Strict):
         return sha256_hex(canonical_json(self.model_dump(mode="json", exclude_none=True)))
 
     @classmethod
+    def check_version(cls, body: Any, *, where: str) -> None:
+        """Refuse a body this version cannot read before any other rule is applied to it."""
+
+    @classmethod
     def decode(cls, data: bytes, *, where: str) -> Self:
         """Check frame, digest and rules of a file's bytes.
 
@@ -60,7 +65,7 @@ class Document(Strict):
         IntegrityError document-hash-mismatch.
         """
         body = read_body(data, where=where)
-        _refuse_loose_json(body, where)
+        cls.check_version(_strict_json(body, where), where=where)
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
@@ -130,7 +135,7 @@ def read_body(data: bytes, *, where: str) -> bytes:
     return body
 
 
-def _refuse_loose_json(body: bytes, where: str) -> None:
+def _strict_json(body: bytes, where: str) -> Any:
     """Refuse duplicate keys, NaN, very deep nesting and bad UTF-8, which parsers tolerate
     differently."""
 
@@ -145,9 +150,17 @@ def _refuse_loose_json(body: bytes, where: str) -> None:
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not a JSON number")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{digits} is too large")
+        return value
+
     try:
         text = body.decode("utf-8")
-        json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(
+            text, object_pairs_hook=pairs, parse_constant=constant, parse_float=finite
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(
             "document-malformed", f"body is not strict JSON: {error}", where=where

@@ -34,6 +34,9 @@ __all__ = [
 
 MAX_IDS = 65_535
 
+# Edges kept per segment of a vocabulary-form graph, times k.
+GRAPH_EDGES_PER_NODE = 8
+
 # Step of threshold head log-probs, nats.
 HEAD_STEP = 1 / 64
 

@@ -14,11 +14,21 @@ from logitstore.record.sequences import IGNORE, labels
 from logitstore.spec.header import Header
 from logitstore.spec.signals import SampledSpec
 from logitstore.targets.base import PAD_ID, pad_rows
+from logitstore.targets.context import GraphTargets, ScoresTargets
 from logitstore.targets.dense import DenseTargets
 from logitstore.targets.topk import TopKTargets
 from logitstore.targets.weighted import SampledTargets, ThresholdTargets
 
-__all__ = ["as_float32", "as_int64", "dense", "sampled", "threshold", "topk"]
+__all__ = [
+    "as_float32",
+    "as_int64",
+    "dense",
+    "graph",
+    "sampled",
+    "scores",
+    "threshold",
+    "topk",
+]
 
 Common = dict[str, Any]
 
@@ -36,6 +46,47 @@ def as_float32(column: NDArray[Any]) -> Tensor:
 def dense(record: Record, header: Header, common: Common) -> DenseTargets:
     """Raw logits."""
     return DenseTargets(logits=as_float32(record["logits"]), **common)
+
+
+def graph(record: Record, header: Header, common: Common) -> GraphTargets:
+    """Per-segment sums; co-activation as a full symmetric matrix, nodes padded to the most of any
+    segment."""
+    num_segments = as_int64(record["num_segments"])
+    num_positions = as_int64(record["graph_positions"])
+    if "row_sums" in record:
+        row_sums = as_float32(record["row_sums"])
+        k = row_sums.shape[-1]
+        upper = np.triu_indices(k)
+        full = np.zeros((len(row_sums), k, k), np.float32)
+        full[:, upper[0], upper[1]] = record["coactivation"]
+        full[:, upper[1], upper[0]] = record["coactivation"]
+        return GraphTargets(
+            row_sums=row_sums,
+            num_positions=num_positions,
+            num_segments=num_segments,
+            coactivation=torch.from_numpy(full),
+            **common,
+        )
+    first = np.cumsum(record["num_segments"], dtype=np.int64) - record["num_segments"]
+    sample = np.repeat(np.arange(record.num_samples), record["num_nodes"])
+    segment = first[sample] + record["node_segments"]
+    counts = torch.from_numpy(np.bincount(segment, minlength=num_positions.numel()))
+    width = max(int(counts.max()) if counts.numel() else 0, 1)
+    return GraphTargets(
+        row_sums=pad_rows(as_float32(record["node_sums"]), counts, width, 0.0),
+        node_ids=pad_rows(as_int64(record["node_ids"]), counts, width, PAD_ID),
+        num_positions=num_positions,
+        num_segments=num_segments,
+        **common,
+    )
+
+
+def scores(record: Record, header: Header, common: Common) -> ScoresTargets:
+    """Candidate ids and raw scores."""
+    # The largest uint32 marks a candidate slot that was left empty.
+    ids = record["ids"].astype(np.int64)
+    ids[ids == np.iinfo(np.uint32).max] = PAD_ID
+    return ScoresTargets(ids=torch.from_numpy(ids), scores=as_float32(record["scores"]), **common)
 
 
 def topk(record: Record, header: Header, common: Common) -> TopKTargets:

@@ -64,7 +64,9 @@ def _common(record: Record, header: Header) -> dict[str, Any]:
 # signal kind -> (record, header, common fields) -> targets
 BUILDERS: dict[str, Callable[[Record, Header, dict[str, Any]], Targets]] = {
     "dense": builders.dense,
+    "graph": builders.graph,
     "sampled": builders.sampled,
+    "scores": builders.scores,
     "threshold": builders.threshold,
     "topk": builders.topk,
 }

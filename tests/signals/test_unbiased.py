@@ -58,8 +58,8 @@ def test_weights_are_unbiased(name: str, signal: str, always: tuple[int, ...]) -
     rare = torch.where(p < 0.01, (p * 0.3).sqrt(), 0.0)
     deviation = torch.maximum(weights.std(0), rare)
     error = deviation / DRAWS**0.5
-    # float16 log-probs of label and always-ids (and float16 weights) are off by 2^-11 of themselves,
-    # and what they are off by moves to the other ids
+    # float16 log-probs of label and always-ids (and float16 weights) are off by 2^-11 of
+    # themselves, and what they are off by moves to the other ids
     rounding = 2**-11 * torch.special.entr(p)
     known = {label, *always}
     slack = 2**-11 * p + rounding + sum(float(rounding[i]) for i in known) * p
