@@ -14,7 +14,7 @@ from logitstore.losses.contract import (
 )
 from logitstore.losses.cross_entropy import cross_entropy
 from logitstore.losses.kl import forward_kl
-from logitstore.losses.sparse_target import label_target, merge, sparse_target
+from logitstore.losses.sparse_target import kd_and_ce_target
 from logitstore.targets import Targets
 
 __all__ = ["sparse_kd_with_ce"]
@@ -75,7 +75,6 @@ def sparse_kd_with_ce(
         assert isinstance(kd_R, Tensor)
         loss_R = (ce_weight * ce_R + kd_weight * kd_R).reshape(-1)
     else:
-        kd = sparse_target(rows, "sparse_kd_with_ce", missing)
-        target = merge(kd, kd_weight, label_target(rows, "sparse_kd_with_ce"), ce_weight)
+        target = kd_and_ce_target(rows, "sparse_kd_with_ce", missing, ce_weight, kd_weight)
         loss_R = target.loss(rows.student_RV, rows.mask_R)
     return reduce(loss_R, rows, reduction, with_count)

@@ -1,5 +1,4 @@
-"""Student log-probs at a few ids, and the log of everything else: what every sparse loss is made
-of.
+"""Student log-probs at a few ids, and of all others together: what every sparse loss is made of.
 
 One softmax over the vocabulary in the forward pass, one scaling of its result in the backward pass.
 The gradient takes the place of the probabilities, so the extra memory is one copy of the logits;
@@ -10,12 +9,13 @@ Letters: R rows, V vocabulary, U ids per row, S the first `num_excluded` ids of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from logitstore.spec.errors import UsageError
 from logitstore.targets.dense import at_least_float32
 
 __all__ = ["SparseLogprobs", "chunk_rows", "sparse_logprobs"]
@@ -57,7 +57,7 @@ def sparse_logprobs(
         sum_vocab: `total` runs over ids below it; 0 skips `total`.
         temperature: T.
 
-    Gradient: exact, once; a second derivative is refused by autograd. Under torch.compile the same
+    Gradient: exact, once; a second derivative is refused. Under torch.compile the same
     values come from plain operators, which the compiler fuses and can differentiate again.
     """
     safe_RU = _without_padding(ids_RU)
@@ -106,7 +106,8 @@ def softmax_outside(
     """
     source_CV: Tensor = student_CV
     if excluded_CS.shape[-1] or temperature != 1.0 or student_CV.dtype != out_CV.dtype:
-        torch.mul(student_CV.to(out_CV.dtype), 1.0 / temperature, out=out_CV)
+        if student_CV is not out_CV or temperature != 1.0:
+            torch.mul(student_CV.to(out_CV.dtype), 1.0 / temperature, out=out_CV)
         if excluded_CS.shape[-1]:
             out_CV.scatter_(-1, excluded_CS, -torch.inf)
         source_CV = out_CV
@@ -180,63 +181,129 @@ class _SparseLogprobs(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # With g_j, g_tail, g_total the incoming gradients and C = sum_j g_j + g_tail + V' g_total:
-        #   outside S:  dz_v = softmax_outside_v * (g_tail - C s) + g_total [v < V'],   s =
-        # exp(log_tail)
-        #   at id j:    + g_j, and inside S also - C q_j
+        refuse_second_derivative()
         kept_RV, ids_RU, pad_RU, mask_R, logprobs_RU, log_tail_R = ctx.saved_tensors
         keep_softmax, num_excluded, sum_vocab, temperature = ctx.settings
         skip_R = ~mask_R
-        grad_RU = gradients[0].masked_fill(pad_RU | skip_R[:, None], 0.0)
-        grad_tail_R, grad_total_R = (g.masked_fill(skip_R, 0.0) for g in gradients[1:])
-        common_R = grad_RU.sum(-1) + grad_tail_R * bool(num_excluded) + sum_vocab * grad_total_R
-        at_ids_RU = grad_RU.clone()
-        if num_excluded:
-            inside_RS = (
-                logprobs_RU[:, :num_excluded]
-                .exp()
-                .masked_fill(pad_RU[:, :num_excluded] | skip_R[:, None], 0.0)
-            )
-            at_ids_RU[:, :num_excluded] -= common_R[:, None] * inside_RS
-            outside_R = grad_tail_R - common_R * log_tail_R.exp()
-        else:
-            outside_R = -common_R
-        inverse = 1.0 / temperature
-        scale_R1 = (outside_R * inverse).masked_fill(skip_R, 0.0)[:, None]
-        at_ids_RU = at_ids_RU * inverse
-        # A row without any incoming gradient gets exactly 0, whatever NaN or infinity it holds.
-        skip_R = skip_R | torch.isneginf(log_tail_R) & bool(num_excluded)
+        change = LogitGradient.of(
+            gradients[0].masked_fill(pad_RU | skip_R[:, None], 0.0),
+            gradients[1].masked_fill(skip_R, 0.0) if num_excluded else None,
+            gradients[2].masked_fill(skip_R, 0.0) if sum_vocab else None,
+            ids_RU,
+            logprobs_RU.masked_fill(pad_RU | skip_R[:, None], -torch.inf),
+            log_tail_R.masked_fill(skip_R, 0.0),
+            num_excluded,
+            sum_vocab,
+            1.0 / temperature,
+        )
+        # A row that does not count gets exactly 0, and so do ids outside when nothing is outside.
+        change.empty_R = skip_R | torch.isneginf(log_tail_R)
         num_rows, vocab = kept_RV.shape
         if keep_softmax:
             # The probabilities become the gradient in place, unless the graph is kept for another
             # pass.
-            result_RV = kept_RV.clone() if _graph_is_kept() else kept_RV
+            result_RV = kept_RV.clone() if graph_is_kept() else kept_RV
         else:
             result_RV = torch.empty_like(kept_RV)
         rows = chunk_rows(num_rows, vocab, kept_RV.device)
-        buffer_CV = None if keep_softmax else kept_RV.new_empty((rows, vocab), dtype=grad_RU.dtype)
+        buffer_CV = (
+            None if keep_softmax else kept_RV.new_empty((rows, vocab), dtype=logprobs_RU.dtype)
+        )
         for start in range(0, num_rows, rows):
             part = slice(start, min(start + rows, num_rows))
             if buffer_CV is None:
-                grad_CV = result_RV[part]
+                change.write(result_RV[part], part)
             else:
                 grad_CV = buffer_CV[: part.stop - start]
                 softmax_outside(kept_RV[part], ids_RU[part, :num_excluded], temperature, grad_CV)
-            grad_CV.mul_(scale_R1[part])
-            empty_C = skip_R[part].nonzero()[:, 0]
-            if empty_C.numel():
-                grad_CV.index_fill_(0, empty_C, 0.0)
-            if sum_vocab:
-                grad_CV[:, :sum_vocab].add_((grad_total_R[part] * inverse)[:, None])
-            grad_CV.scatter_add_(-1, ids_RU[part], at_ids_RU[part])
-            if buffer_CV is not None:
+                change.write(grad_CV, part)
                 result_RV[part] = grad_CV
         return result_RV, None, None, None, None, None, None, None
 
 
-def _graph_is_kept() -> bool:
+@dataclass
+class LogitGradient:
+    """The gradient in the logits, given the gradients in log-probs, as it turns a softmax into it.
+
+    With g_j, g_tail, g_total the gradients of log q_j, log s and the sum over the first V' ids, and
+    C = sum_j g_j + g_tail + V' g_total:
+
+        outside S   dz_v = softmax_outside_v (g_tail - C s) + g_total [v < V'],   s = exp(log_tail)
+        at id j     + g_j, and inside S also - C q_j
+
+    all of it divided by T.
+    """
+
+    ids_RU: Tensor
+    at_ids_RU: Tensor
+    scale_R: Tensor
+    each_R: Tensor | None
+    sum_vocab: int
+    empty_R: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        grad_RU: Tensor,
+        grad_tail_R: Tensor | None,
+        grad_total_R: Tensor | None,
+        ids_RU: Tensor,
+        logprobs_RU: Tensor,
+        log_tail_R: Tensor,
+        num_excluded: int,
+        sum_vocab: int,
+        factor: float | Tensor,
+    ) -> LogitGradient:
+        """`logprobs` must be -inf and `grad` 0 at padding; `factor` multiplies everything."""
+        common_R = grad_RU.sum(-1)
+        if grad_total_R is not None:
+            common_R = common_R + sum_vocab * grad_total_R
+        outside_R = -common_R
+        if grad_tail_R is not None:
+            common_R = common_R + grad_tail_R
+            outside_R = grad_tail_R - common_R * log_tail_R.exp()
+            inside_RS = common_R[:, None] * logprobs_RU[:, :num_excluded].exp()
+            grad_RU = torch.cat(
+                [grad_RU[:, :num_excluded] - inside_RS, grad_RU[:, num_excluded:]], -1
+            )
+        return cls(
+            ids_RU,
+            grad_RU * factor,
+            outside_R * factor,
+            None if grad_total_R is None else grad_total_R * factor,
+            sum_vocab,
+        )
+
+    def write(self, softmax_CV: Tensor, part: slice) -> None:
+        """Turn the softmax of rows `part` into their gradient, in place."""
+        softmax_CV.mul_(self.scale_R[part, None])
+        if self.empty_R is not None:
+            empty_C = self.empty_R[part].nonzero()[:, 0]
+            if empty_C.numel():
+                softmax_CV.index_fill_(0, empty_C, 0.0)
+        if self.each_R is not None:
+            softmax_CV[:, : self.sum_vocab].add_(self.each_R[part, None])
+        softmax_CV.scatter_add_(-1, self.ids_RU[part], self.at_ids_RU[part])
+
+
+def refuse_second_derivative() -> None:
+    """Inside a backward pass, gradients are on only under create_graph=True.
+
+    torch's once_differentiable would pass the result off as a constant, because the incoming
+    gradients seldom depend on anything.
+    """
+    if torch.is_grad_enabled():
+        raise UsageError(
+            "bad-argument",
+            "the sparse losses have no second derivative outside torch.compile",
+            where="create_graph",
+            got=True,
+            hint="wrap the loss in torch.compile, or use dense targets",
+        )
+
+
+def graph_is_kept() -> bool:
     """True when the running backward pass has retain_graph=True (or torch cannot tell)."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or bool(ask())

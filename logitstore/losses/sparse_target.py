@@ -11,7 +11,10 @@ Letters: R rows, U ids of a row, V vocabulary of the teacher.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +27,11 @@ from logitstore.losses.rows import (
     student_precision,
     weighted_rows,
 )
-from logitstore.losses.sparse_logprobs import sparse_logprobs
+from logitstore.losses.sparse_logprobs import SparseLogprobs, sparse_logprobs
 from logitstore.spec.errors import TargetsError, UsageError
 from logitstore.targets import TopKTargets, WeightedTargets
 
-__all__ = ["SparseTarget", "label_target", "merge", "sparse_target"]
+__all__ = ["SparseTarget", "kd_and_ce_target", "label_target", "sparse_target"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class SparseTarget:
             sum_vocab=0 if self.background is None else self.vocab_size,
             temperature=temperature,
         )
+        return self.loss_of(out)
+
+    def loss_of(self, out: SparseLogprobs) -> Tensor:
+        """float [R] from the student's log-probs at `ids`."""
         loss_R = self.constant - (self.weights * out.logprobs).sum(-1)
         if self.tail_weight is not None:
             # 0 log 0 = 0: no teacher mass outside asks nothing of the student's.
@@ -72,6 +79,21 @@ class SparseTarget:
         if self.background is not None:
             loss_R = loss_R - self.background * out.total
         return loss_R
+
+    def take(self, index_L: Tensor | slice) -> SparseTarget:
+        """Some of the rows."""
+        return self._map(lambda x: x[index_L])
+
+    def _scaled(self, factor: float) -> SparseTarget:
+        return dataclasses.replace(self._map(lambda x: x * factor), ids=self.ids)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SparseTarget:
+        tensors: dict[str, Any] = {
+            name: function(value)
+            for name in ("ids", "weights", "constant", "tail_weight", "background")
+            if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **tensors)
 
 
 def sparse_target(rows: Rows, name: str, missing: str, temperature: float = 1.0) -> SparseTarget:
@@ -111,23 +133,29 @@ def label_target(rows: Rows, name: str) -> SparseTarget:
     )
 
 
-def merge(kd: SparseTarget, kd_weight: float, ce: SparseTarget, ce_weight: float) -> SparseTarget:
-    """kd_weight * kd + ce_weight * ce as one target."""
-    if kd_weight < 0 or ce_weight < 0:
+def kd_and_ce_target(
+    rows: Rows, name: str, missing: str, ce_weight: float, kd_weight: float
+) -> SparseTarget:
+    """kd_weight * KL + ce_weight * label cross-entropy as one target; a term of weight 0 is left
+    out."""
+    if kd_weight < 0 or ce_weight < 0 or kd_weight + ce_weight == 0:
         raise UsageError(
             "bad-argument",
-            "weights of loss terms must not be negative",
+            f"{name}: weights of loss terms must not be negative, nor both 0",
             got=f"kd_weight={kd_weight}, ce_weight={ce_weight}",
         )
-    return SparseTarget(
+    if kd_weight == 0:
+        return label_target(rows, name)._scaled(ce_weight)
+    kd = sparse_target(rows, name, missing)._scaled(kd_weight)
+    if ce_weight == 0:
+        return kd
+    ce = label_target(rows, name)._scaled(ce_weight)
+    return dataclasses.replace(
+        kd,
         # kd's ids stay first: the tail is taken outside of them.
-        torch.cat([kd.ids, ce.ids], -1),
-        torch.cat([kd.weights * kd_weight, ce.weights * ce_weight], -1),
-        kd.constant * kd_weight + ce.constant * ce_weight,
-        kd.vocab_size,
-        kd.num_excluded,
-        None if kd.tail_weight is None else kd.tail_weight * kd_weight,
-        None if kd.background is None else kd.background * kd_weight,
+        ids=torch.cat([kd.ids, ce.ids], -1),
+        weights=torch.cat([kd.weights, ce.weights], -1),
+        constant=kd.constant + ce.constant,
     )
 
 
