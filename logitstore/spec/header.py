@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
@@ -193,21 +193,25 @@ class Header(Document):
         """Names of the optional per-position fields this store holds."""
         return tuple(name for name in AUX_FIELDS if self.schema_.column(name) is not None)
 
-    def check_readable(self, *, where: str) -> None:
-        """Refuse a newer major version or an unknown reader feature, by name.
+    @classmethod
+    def check_version(cls, body: Any, *, where: str) -> None:
+        """Refuse a newer format or an unknown reader feature by name, whatever else the body holds.
 
         Raises: FormatError format-too-new, unknown-reader-feature.
         """
-        if self.format_version > FORMAT_VERSION:
+        if not isinstance(body, dict):
+            return
+        version, features = body.get("format_version"), body.get("reader_features", [])
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise FormatError(
                 "format-too-new",
                 "store was written in a newer format",
                 where=where,
-                got=f"format_version {self.format_version}",
+                got=f"format_version {version}",
                 expected=f"at most {FORMAT_VERSION}",
                 hint="upgrade logitstore",
             )
-        unknown = [f for f in self.reader_features if f not in READER_FEATURES]
+        unknown = [f for f in features if f not in READER_FEATURES] if _is_names(features) else []
         if unknown:
             raise FormatError(
                 "unknown-reader-feature",
@@ -217,3 +221,7 @@ class Header(Document):
                 expected="of " + ", ".join(sorted(READER_FEATURES)),
                 hint="upgrade logitstore",
             )
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

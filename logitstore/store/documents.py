@@ -102,7 +102,6 @@ def load_header(backend: Backend) -> tuple[Header, str]:
             expected=f"a folder or prefix that holds {HEADER_KEY}",
         )
     header = Header.decode(data, where=where)
-    header.check_readable(where=where)
     return header, sha256_hex(read_body(data, where=where))
 
 
