@@ -7,15 +7,21 @@ any sample's record can be computed again from its tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from logitstore.record import Record, aux_fields, build_schema
-from logitstore.spec.document import canonical_json, sha256_hex
-from logitstore.spec.header import Header, Packing, Software, TeacherInfo, TokenizerInfo
+import logitstore.store
+from logitstore.record import Record
+from logitstore.record.new_header import new_header
+from logitstore.record.statistics import merge, statistics_of
+from logitstore.spec.header import Header, Packing, TeacherInfo
+from logitstore.spec.plan import Plan, shard_name
 from logitstore.spec.signals import parse_signal
+from logitstore.store import Store
 from logitstore.targets import TopKTargets
 
 VOCAB_SIZE = 40
@@ -25,40 +31,19 @@ def make_header(
     signal: str = "topk:8",
     *,
     sample_kind: str = "sequence",
-    container: str = "zarr",
     attention: str = "block-diagonal",
-    aux: Sequence[str] | None = None,
-    loss_mask: bool = False,
     vocab_size: int = VOCAB_SIZE,
-    chunk_positions: int = 32,
-    tokenizer: TokenizerInfo | None = None,
-    uuid: str = "0" * 32,
+    **fields: Any,
 ) -> Header:
-    spec = parse_signal(signal)
-    configuration = {"signal": signal, "kind": sample_kind, "vocab_size": vocab_size}
     sequence = sample_kind == "sequence"
-    return Header(
-        store_uuid=uuid,
-        created="2025-01-01T00:00:00Z",
-        writer=Software(name="tests", version="0"),
-        container=container,
+    return new_header(
+        parse_signal(signal),
         sample_kind=sample_kind,
-        alignment="next-token" if sequence else "none",
-        signal=spec,
         vocab_size=vocab_size,
-        chunk_positions=chunk_positions,
-        schema=build_schema(
-            spec,
-            vocab_size=vocab_size,
-            sample_kind=sample_kind,
-            aux=aux_fields(spec, vocab_size, aux, sample_kind=sample_kind),
-            loss_mask=loss_mask,
-        ),
+        configuration={"signal": signal, "kind": sample_kind, "vocab_size": vocab_size},
         teacher=TeacherInfo(name="table"),
-        tokenizer=tokenizer,
         packing=Packing(seq_len=16, attention=attention) if sequence else None,
-        configuration=configuration,
-        configuration_sha256=sha256_hex(canonical_json(configuration)),
+        **{"chunk_positions": 64, **fields},
     )
 
 
@@ -101,8 +86,18 @@ def random_samples(
     return samples
 
 
+def likely_samples(number: int) -> list[Sample]:
+    """Samples of 16 tokens that the teacher itself would write."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(VOCAB_SIZE, (number, 1), generator=generator)
+    for _ in range(15):
+        probs = teacher_logits()[tokens[:, -1]].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=generator)], 1)
+    return [Sample(f"likely#{i}@0", row) for i, row in enumerate(tokens.tolist())]
+
+
 def make_record(header: Header, samples: Sequence[Sample], *, shift: int = 0) -> Record:
-    """One chunk. `shift` rolls the teacher's rows against the tokens: a misaligned store."""
+    """One chunk. `shift` rolls the logits against the tokens before anything else is done."""
     tokens = np.concatenate([s.tokens for s in samples])
     labels = (
         np.concatenate([s.labels() for s in samples])
@@ -125,7 +120,7 @@ def make_record(header: Header, samples: Sequence[Sample], *, shift: int = 0) ->
         "loss_mask": (labels >= 0) & (tokens % 3 != 0),
         "label_logprob": torch.where(torch.from_numpy(labels) >= 0, targets.label_logprob, 0.0),
         "ids": targets.ids,
-        "logprobs": targets.logprobs,
+        "logprobs": _in_steps(header, targets.logprobs),
         **{
             name: getattr(targets, name)
             for name in ("label_rank", "entropy", "log_tail", "lse", "logit_mean")
@@ -134,10 +129,65 @@ def make_record(header: Header, samples: Sequence[Sample], *, shift: int = 0) ->
     if "num_ids" in {c.name for c in header.schema_.columns}:
         keep = targets.logprobs.exp().cumsum(-1) - targets.logprobs.exp() < header.signal.p
         columns["num_ids"] = keep.sum(-1)
-        columns["ids"], columns["logprobs"] = targets.ids[keep], targets.logprobs[keep]
+        columns["ids"], columns["logprobs"] = targets.ids[keep], columns["logprobs"][keep]
         dropped = targets.logprobs.masked_fill(keep, -torch.inf).logsumexp(-1)
         columns["log_tail"] = torch.logaddexp(targets.log_tail, dropped)
     return Record(
         header.schema_,
         {c.name: np.asarray(columns[c.name]).astype(c.dtype) for c in header.schema_.columns},
     )
+
+
+def _in_steps(header: Header, logprobs: torch.Tensor) -> torch.Tensor:
+    column = header.schema_.column("logprobs")
+    return logprobs if column.step is None else (logprobs / column.step).round() * column.step
+
+
+def chunks_of(samples: Sequence[Sample], chunk_positions: int) -> list[list[Sample]]:
+    """Consecutive samples, each chunk as full as it gets."""
+    chunks: list[list[Sample]] = [[]]
+    for sample in samples:
+        size = sum(len(s.tokens) for s in chunks[-1]) + len(sample.tokens)
+        if chunks[-1] and size > chunk_positions:
+            chunks.append([])
+        chunks[-1].append(sample)
+    return chunks
+
+
+def add_shard(
+    location: Path, samples: Sequence[Sample], *, plan: Plan | None = None, shift: int = 0
+) -> Plan:
+    """One more shard of a store, under a plan of its own or the next of `plan`."""
+    with logitstore.store.append(location) as writer:
+        plan = plan or writer.add_push_plan()
+        numbers = [
+            int(s.partition("-")[2]) for s in writer.committed() if s[:4] == f"{plan.number:04d}"
+        ]
+        shard = shard_name(plan.number, max(numbers, default=-1) + 1)
+        with writer.begin(shard, plan) as attempt:
+            records = [
+                make_record(writer.header, chunk, shift=shift)
+                for chunk in chunks_of(samples, writer.header.chunk_positions)
+            ]
+            for record in records:
+                attempt.add(record)
+            attempt.commit(statistics=merge(statistics_of(record) for record in records))
+    return plan
+
+
+def make_store(
+    location: Path,
+    samples: Sequence[Sample],
+    *,
+    header: Header | None = None,
+    shards: int = 3,
+    tables: dict[str, bytes] | None = None,
+    shift: int = 0,
+) -> Store:
+    """A store with the samples in `shards` shards of nearly equal size."""
+    logitstore.store.create(location, header or make_header(), tables).close()
+    plan = None
+    bounds = [round(i * len(samples) / shards) for i in range(shards + 1)]
+    for start, stop in pairwise(bounds):
+        plan = add_shard(location, samples[start:stop], plan=plan, shift=shift)
+    return logitstore.store.open(location)

@@ -71,7 +71,7 @@ class ChunkCache:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._bytes = 0
         self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
 
@@ -83,7 +83,7 @@ class ChunkCache:
             return chunk
         chunk = self._chunks[key] = Chunk(read())
         self._bytes += _size(chunk)
-        while self._bytes > self._limit_bytes and len(self._chunks) > 1:
+        while self._bytes > self.limit_bytes and len(self._chunks) > 1:
             _, dropped = self._chunks.popitem(last=False)
             self._bytes -= _size(dropped)
         return chunk

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from logitstore.data.chunks import Row, gather
 from logitstore.record import Record
+from logitstore.record.sequences import IGNORE, labels, loss_mask, position_ids
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import Header
 from logitstore.targets import Targets, TopKTargets, from_records
 
-__all__ = ["NO_LABEL", "Batch", "Item", "SampleId", "collate"]
+__all__ = ["Batch", "Item", "SampleId", "collate"]
 
-NO_LABEL = -100
 NO_SEGMENT = -1
 
 
@@ -181,7 +181,7 @@ def collate(items: Sequence[Item]) -> Batch:
     if first.header.sample_kind == "classification":
         # One position per sample: the flat form already has the leading shape [B].
         targets = dataclasses.replace(targets, lengths=None)
-        return Batch(labels=_int64(record["label"]), targets=targets, **fields)
+        return Batch(labels=torch.from_numpy(labels(record)), targets=targets, **fields)
     packing = first.header.packing
     block_diagonal = packing is None or packing.attention == "block-diagonal"
     fields |= _sequence_fields(record, block_diagonal=block_diagonal)
@@ -191,30 +191,16 @@ def collate(items: Sequence[Item]) -> Batch:
 def _sequence_fields(record: Record, *, block_diagonal: bool) -> dict[str, Tensor]:
     """tokens, labels, loss_mask, segment_ids and position_ids, [B, T] each."""
     lengths_B = record["sample_lengths"].astype(np.int64)
-    tokens_N = record["tokens"].astype(np.int64)
-    segments_N = record["segment_ids"].astype(np.int64)
-    places_N = np.arange(len(tokens_N))
-    sample_starts_B = np.cumsum(lengths_B) - lengths_B
-
-    starts_N = np.ones(len(tokens_N), bool)
-    starts_N[1:] = segments_N[1:] != segments_N[:-1]
-    starts_N[sample_starts_B[lengths_B > 0]] = True
-    labels_N = np.full(len(tokens_N), NO_LABEL, np.int64)
-    labels_N[:-1] = np.where(starts_N[1:], NO_LABEL, tokens_N[1:])
-    mask_N = labels_N != NO_LABEL
-    stored_mask_N = record.get("loss_mask")
-    if stored_mask_N is not None:
-        mask_N &= stored_mask_N
     if block_diagonal:
-        positions_N = places_N - np.maximum.accumulate(np.where(starts_N, places_N, 0))
+        positions_N = position_ids(record)
     else:
-        positions_N = places_N - np.repeat(sample_starts_B, lengths_B)
-
+        starts_N = np.repeat(record.sample_offsets()[:-1], lengths_B)
+        positions_N = np.arange(record.num_positions) - starts_N
     columns = {
-        "tokens": (tokens_N, 0),
-        "labels": (labels_N, NO_LABEL),
-        "loss_mask": (mask_N, False),
-        "segment_ids": (segments_N, NO_SEGMENT),
+        "tokens": (record["tokens"].astype(np.int64), 0),
+        "labels": (labels(record), IGNORE),
+        "loss_mask": (loss_mask(record), False),
+        "segment_ids": (record["segment_ids"].astype(np.int64), NO_SEGMENT),
         "position_ids": (positions_N, 0),
     }
     return {name: _padded(rows, lengths_B, fill) for name, (rows, fill) in columns.items()}
@@ -228,10 +214,6 @@ def _padded(rows_N: NDArray[Any], lengths_B: NDArray[np.int64], fill: int) -> Te
     out_BT = np.full((len(lengths_B), length), fill, rows_N.dtype)
     out_BT[np.arange(length) < lengths_B[:, None]] = rows_N
     return torch.from_numpy(out_BT)
-
-
-def _int64(column: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(column.astype(np.int64))
 
 
 def _first(field: Tensor | None) -> Tensor | None:
