@@ -16,10 +16,15 @@ __all__ = ["ChunkRow", "Commit", "Layout", "ObjectRef", "Quarantined"]
 Crc32c = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
+ObjectName = Annotated[
+    str, Field(pattern=r"^[0-9]{4}-[0-9]{6}\.[0-9a-f]{8,32}\.(zarr\.zip|arrow)$")
+]
+
+
 class ObjectRef(Strict):
     """A shard's bytes: `shards/<name>`."""
 
-    name: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{6}\.[0-9a-f]{8,32}\.(zarr\.zip|arrow)$")]
+    name: ObjectName
     bytes: Size
     sha256: Sha256
 

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
+from logitstore.spec.commit import ObjectName
 from logitstore.spec.document import Document, Strict
 from logitstore.spec.header import Sha256, Size, Uuid
 from logitstore.spec.plan import ShardName
@@ -27,7 +28,7 @@ class IndexRow(Strict):
     shard: ShardName
     generation: Annotated[int, Field(ge=1, le=9999)]
     commit_sha256: Sha256
-    object: str
+    object: ObjectName
     object_bytes: Size
     object_sha256: Sha256
     samples: Size
