@@ -196,6 +196,7 @@ KINDS: dict[str, str] = {
     "unknown-signal": "no signal of that name, or a parameter it does not have",
     "unknown-aux": "no aux field of that name, or one this signal cannot have",
     "k-exceeds-vocabulary": "more ids asked for than the vocabulary has",
+    "conversion-refused": "the asked-for signal does not follow from the stored one",
     "missing-dependency": "an optional package is needed and not installed",
     # not found
     "not-a-store": "the location holds no store",

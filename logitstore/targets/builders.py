@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitstore.record import Record
-from logitstore.record.sequences import IGNORE, labels
+from logitstore.record.threshold import decode_threshold
 from logitstore.spec.header import Header
 from logitstore.spec.signals import SampledSpec
 from logitstore.targets.base import PAD_ID, pad_rows
@@ -128,56 +128,15 @@ def sampled(record: Record, header: Header, common: Common) -> SampledTargets:
 
 
 def threshold(record: Record, header: Header, common: Common) -> ThresholdTargets:
-    """Decode head and tail: see `logitstore.signals.threshold` for what the slots hold.
-
-    Every position gets its realised next token as an exact head entry. Head entries come in
-    descending order, then the tail by ascending id. Weights of a position and its always-ids add up
-    to 1.
-    """
-    num_positions = record.num_positions
-    heads = record["num_heads"].astype(np.int64)
-    tails = record["num_tails"].astype(np.int64)
-    slot_owner = np.repeat(np.arange(num_positions), heads)
-    value = np.exp(record["head_logprobs"].astype(np.float64))
-    first = (np.cumsum(heads) - heads)[heads > 0]
-
-    label = labels(record)
-    has_label = label != IGNORE
-    known = np.where(has_label, np.exp(record["label_logprob"].astype(np.float64)), 0.0)
-    if "always_logprobs" in record:
-        always = np.exp(record["always_logprobs"].astype(np.float64))
-        is_always = (label[:, None] == np.array(header.always_ids)).any(-1)
-        # A label among the always-ids is one entry, theirs.
-        has_label = has_label & ~is_always
-        known = np.where(has_label, known, 0.0) + always.sum(-1)
-
-    tail_mass = np.maximum(1.0 - known, 0.0)
-    tail_mass[heads > 0] = value[first]
-    value[first] = 0.0
-    others = np.bincount(slot_owner, weights=value, minlength=num_positions)
-    top = np.maximum(1.0 - known - tail_mass - others, 0.0)
-    value[first] = top[heads > 0]
-
-    label_at = np.flatnonzero(has_label)
-    tail_owner = np.repeat(np.arange(num_positions), tails)
-    owner = np.concatenate([slot_owner, label_at, tail_owner])
-    ids = np.concatenate(
-        [record["head_ids"].astype(np.int64), label[label_at], record["tail_ids"].astype(np.int64)]
-    )
-    label_probs = np.exp(record["label_logprob"].astype(np.float64))[label_at]
-    tail_weight = (tail_mass / np.maximum(tails, 1))[tail_owner]
-    weights = np.concatenate([value, label_probs, tail_weight])
-    is_tail = np.zeros(len(ids), np.bool_)
-    is_tail[len(ids) - len(tail_owner) :] = True
-    order = np.lexsort((ids, np.where(is_tail, 0.0, -weights), is_tail, owner))
-    num_heads = heads + has_label
+    """Head (the realised next token always among it) in descending order, then the tail."""
+    entries = decode_threshold(record, header.always_ids)
     with np.errstate(divide="ignore"):
-        log_tail = np.log(tail_mass)
+        log_tail = np.log(entries.tail_mass)
     return ThresholdTargets(
-        ids=torch.from_numpy(ids[order]),
-        weights=torch.from_numpy(weights[order].astype(np.float32)),
-        num_ids=torch.from_numpy(num_heads + tails),
-        num_heads=torch.from_numpy(num_heads.astype(np.int64)),
-        log_tail=torch.from_numpy(log_tail.astype(np.float32)),
+        ids=torch.from_numpy(entries.ids),
+        weights=as_float32(entries.weights),
+        num_ids=torch.from_numpy(entries.num_heads + entries.num_tails),
+        num_heads=torch.from_numpy(entries.num_heads),
+        log_tail=as_float32(log_tail),
         **common,
     )

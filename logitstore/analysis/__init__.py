@@ -1,0 +1,1 @@
+"""Looking at stores and turning them into others: conversion, estimates, audits."""
