@@ -144,7 +144,7 @@ def push(location: str, container: str, shards: int = 3, *, seal: bool = True) -
             if each.shard not in held:
                 commit_shard(writer, planned, each.shard)
                 done.append(each.shard)
-                print("committed", each.shard, flush=True)
+                print(f"committed {each.shard}", flush=True)
         if seal:
             writer.seal()
     return done
@@ -157,7 +157,7 @@ def main() -> None:
     def hook(name: str) -> None:
         nonlocal count
         count += 1
-        print("step", count, name, flush=True)
+        print(f"step {count} {name}", flush=True)
         if count == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 

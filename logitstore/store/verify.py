@@ -122,9 +122,6 @@ class _Verifier:
         return report
 
     def check_documents(self, header: Header, header_sha256: str) -> None:
-        for table in header.tables:
-            with self.checking(document=table_key(table.name)):
-                load_table(self.backend, header, table.name)
         index = None
         with self.checking(document=INDEX_KEY, counts=False):
             index = load_index(self.backend, header, header_sha256)
@@ -133,6 +130,12 @@ class _Verifier:
             self.report.sealed = index is not None
             self.report.documents += index is not None
         plans = self.plans(header, index)
+        for table in header.tables:
+            key = table_key(table.name)
+            # Tables are written between the header and the first plan.
+            if plans or index is not None or self.backend.size(key) is not None:
+                with self.checking(document=key):
+                    load_table(self.backend, header, table.name)
         commits = self.commits(header, index, plans)
         if index is not None:
             self.check_index(index, plans, commits)

@@ -21,7 +21,7 @@ from logitstore.record.record import Record
 from logitstore.record.statistics import merge
 from logitstore.spec.commit import Commit, ObjectRef, Quarantined
 from logitstore.spec.document import MAX_DOCUMENT_BYTES, canonical_json, sha256_hex
-from logitstore.spec.errors import CommitError, StorageError, UsageError
+from logitstore.spec.errors import CommitError, IntegrityError, StorageError, UsageError
 from logitstore.spec.header import Header, TableRef
 from logitstore.spec.index import Index, PlanRef
 from logitstore.spec.plan import Plan, plan_fingerprint
@@ -150,8 +150,10 @@ class StoreWriter:
         """Add a plan; one that is there and has the same fingerprint is joined.
 
         Returns: the plan in the store.
-        Raises: CommitError configuration-changed when another plan has that number.
+        Raises: CommitError configuration-changed when another plan has that number; IntegrityError
+        document-missing when the process that started the store died before writing its tables.
         """
+        self._check_tables()
         if not self._backend.create(plan_key(plan.number), plan.encode(), kind="plan"):
             present, _ = load_plan(self._backend, self.header, plan.number)
             if present.fingerprint != plan.fingerprint:
@@ -168,6 +170,7 @@ class StoreWriter:
 
     def add_push_plan(self) -> Plan:
         """A new plan of kind "push", under the next free number, for one writer session."""
+        self._check_tables()
         number = max((plan.number for plan in self.plans()), default=0) + 1
         while True:
             digest = self.header.configuration_sha256
@@ -259,6 +262,16 @@ class StoreWriter:
     def check_not_sealed(self) -> None:
         """Raises: CommitError store-sealed."""
         _check_not_sealed(self._backend)
+
+    def _check_tables(self) -> None:
+        for table in self.header.tables:
+            if self._backend.size(table_key(table.name)) is None:
+                raise IntegrityError(
+                    "document-missing",
+                    "the store was started, but its tables were not written",
+                    where=f"{self.location}/{table_key(table.name)}",
+                    hint="run the command that started the store again",
+                )
 
     def _mark_writer(self) -> None:
         """Leave a note for other writers, and warn of theirs: the best such a storage allows."""
