@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,7 +124,10 @@ def file_of(case: dict[str, Any]) -> bytes:
         return bytes.fromhex(case["file_hex"])
     if "file" in case:
         return case["file"].encode()
-    body = canonical_json(case["body"])
+    return framed(canonical_json(case["body"]))
+
+
+def framed(body: bytes) -> bytes:
     return b'{"sha256":"%s","body":%s}\n' % (sha256_hex(body).encode(), body)
 
 
@@ -139,6 +143,55 @@ def test_document_cases(case: dict[str, Any]) -> None:
         decode(file_of(case), where="here")
     assert caught.value.kind == case["expect"]
     assert "here" in str(caught.value)
+
+
+_TOKENS = [
+    *(
+        "null",
+        "true",
+        "-1",
+        "1e999",
+        "NaN",
+        "9" * 30,
+        "9" * 5000,
+        '"\\ud800"',
+        '"../x"',
+        "[" * 3000,
+    ),
+    *('"sha256"', "{}", "[]", ",", ":", '"', "\\", "\x00", "\ufeff", "0.5", "18446744073709551616"),
+]
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        3_000,
+        pytest.param(1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(7_200)]),
+    ],
+)
+def test_any_body_gives_a_document_or_a_named_error(runs: int) -> None:
+    rng = random.Random(0)
+    valid = [
+        (case["document"], canonical_json(case["body"]).decode())
+        for name in DOCUMENTS
+        for case in json.loads((SCHEMAS / "cases" / f"{name}.json").read_text())
+        if case["expect"] is None
+    ]
+    refused = 0
+    for _ in range(runs):
+        name, text = rng.choice(valid)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            start = rng.randrange(len(text))
+            stop = start + rng.choice([0, 0, 1, 1, 2, 5, 40])
+            text = text[:start] + rng.choice([*_TOKENS, text[stop : stop + 9]]) + text[stop:]
+        body = text.encode()
+        if rng.random() < 0.1:
+            body = body[: rng.randrange(len(body))] + bytes([rng.randrange(256)])
+        try:
+            DOCUMENTS[name].decode(framed(body), where="here")
+        except FormatError:
+            refused += 1
+    assert refused > runs / 2
 
 
 def validate(case: dict[str, Any]) -> None:
