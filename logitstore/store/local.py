@@ -80,18 +80,18 @@ class LocalBackend:
             if descriptor is None:
                 return None
             with open(descriptor, "rb") as file:
-                data = file.read(limit_bytes + 1)
+                size = os.fstat(descriptor).st_size
+                if size <= limit_bytes:
+                    return file.read(limit_bytes)
         except OSError as error:
             raise storage_error(error, path) from error
-        if len(data) > limit_bytes:
-            raise FormatError(
-                "document-too-large",
-                "file exceeds its size limit",
-                where=path,
-                got=f"more than {limit_bytes} bytes",
-                expected=f"at most {limit_bytes}",
-            )
-        return data
+        raise FormatError(
+            "document-too-large",
+            "file exceeds its size limit",
+            where=path,
+            got=f"{size} bytes",
+            expected=f"at most {limit_bytes}",
+        )
 
     def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
         try:
