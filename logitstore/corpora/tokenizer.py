@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from logitstore.spec.tokenizer_pieces import table_of
 from logitstore.spec.tokenizer_table import TokenizerTable
 
-__all__ = ["ByteTokenizer", "Encoded", "FastTokenizer", "Tokenizer"]
+__all__ = ["ByteTokenizer", "Encoded", "FastTokenizer", "Tokenizer", "table_of"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,255 @@
+"""`logitstore precompute`: a teacher's distributions over a corpus, into a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from logitstore_cli.capture_display import readable_bytes, show_progress
+from logitstore_cli.command import HELP_FLAGS, command, json_option
+from logitstore_cli.config_file import config_option
+from logitstore_cli.interrupt import interruptible
+from logitstore_cli.output import Output
+
+if TYPE_CHECKING:
+    from logitstore.capture import CaptureResult, CaptureSettings, Estimate
+
+EXAMPLE = """\
+logitstore precompute --teacher hf:FOLDER --corpus 'texts/*.txt' --signal topk:64 --out STORE
+logitstore precompute --config capture.toml --dry-run"""
+
+
+class CommaList(click.ParamType[tuple[Any, ...]]):
+    """`a,b,c`, or a list in a configuration file."""
+
+    def __init__(self, item: type, metavar: str) -> None:
+        self._item = item
+        self.name = metavar
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)):
+            parts = [parts]
+        try:
+            return tuple(self._item(p.strip() if isinstance(p, str) else p) for p in parts)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is not a list of {self.name}", param, ctx)
+
+
+class Separator(click.ParamType[str]):
+    r"""Text in which \n, \t, \\ and \xNN stand for characters."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not text.isascii():
+            return text
+        try:
+            return text.encode("ascii").decode("unicode_escape")
+        except UnicodeDecodeError as error:
+            self.fail(f"{text!r}: {error.reason}", param, ctx)
+
+
+@command(
+    "precompute",
+    example=EXAMPLE,
+    context_settings={**HELP_FLAGS, "auto_envvar_prefix": "LOGITSTORE_PRECOMPUTE"},
+)
+@click.argument("more_files", metavar="[FILE]...", nargs=-1)
+@click.option("--teacher", required=True, help="hf:FOLDER_OR_ID or py:module:function.")
+@click.option(
+    "--corpus",
+    required=True,
+    multiple=True,
+    metavar="FILE...",
+    help="Text, JSONL (.jsonl) or Parquet (.parquet) files, or quoted patterns.",
+)
+@click.option("--signal", required=True, help="What to keep of a distribution: topk:64, ...")
+@click.option("--out", required=True, metavar="STORE", help="Folder or URL of the store.")
+@click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--aux", type=CommaList(str, "NAMES"), help="Fields beside the signal; default: the signal's."
+)
+@click.option(
+    "--lse-at", type=CommaList(float, "NUMBERS"), default=(), help="Temperatures, such as 2.0,4.0."
+)
+@click.option(
+    "--always-ids",
+    type=CommaList(int, "NUMBERS"),
+    default=(),
+    help="Token ids whose log-prob is kept at every position.",
+)
+@click.option("--text-key", help="Field of a row that holds the text; default: text.")
+@click.option(
+    "--document-separator",
+    type=Separator(),
+    help=r"Splits text files into documents, such as '\n\n'; default: a file is one.",
+)
+@click.option("--max-tokens", type=int, help="Capture only so many tokens of the corpus.")
+@click.option("--shard-tokens", type=int, help="Tokens of a shard; default: two minutes' worth.")
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "document", "none"]),
+    default="auto",
+    show_default=True,
+    help="BOS before every document, or not; auto: as the tokenizer does by itself.",
+)
+@click.option(
+    "--bos-check/--no-bos-check",
+    default=True,
+    help="Refuse when the other BOS choice is ten times better.",
+)
+@click.option(
+    "--container",
+    type=click.Choice(["zarr", "arrow"]),
+    default="zarr",
+    show_default=True,
+    help="zarr: small; arrow: fast to read.",
+)
+@click.option(
+    "--batch-tokens", type=int, default=2048, show_default=True, help="Of a forward pass."
+)
+@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@click.option(
+    "--threads-per-worker", type=int, help="CPU threads of each; default: cores / workers."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random function.")
+@click.option("--dry-run", is_flag=True, help="Run a pilot and print what a capture would take.")
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "bar", "json", "none"]),
+    default="auto",
+    show_default=True,
+    help="Live display, or JSON lines, on stderr.",
+)
+@config_option
+@json_option
+@click.pass_context
+def precompute(
+    ctx: click.Context,
+    /,
+    more_files: tuple[str, ...],
+    dry_run: bool,
+    progress: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run a teacher over a corpus and keep its distributions in a store.
+
+    The same command continues a capture that was stopped. Options can also stand in a file
+    (--config) or in variables such as LOGITSTORE_PRECOMPUTE_TEACHER.
+    """
+    from logitstore.capture import CaptureSettings
+    from logitstore.spec.errors import Interrupted
+
+    options["corpus"] = (*options["corpus"], *more_files)
+    options["check_bos"] = options.pop("bos_check")
+    settings = CaptureSettings(**options)
+    out = ctx.ensure_object(Output)
+    stopped = Interrupted(
+        "capture-interrupted",
+        "stopped; what was committed is kept",
+        where=settings.out,
+        hint=f"continue with: {_typed(ctx)}",
+    )
+    try:
+        with interruptible(f"Error: {stopped.message}"):
+            if dry_run:
+                _dry_run(out, settings, as_json)
+            else:
+                _capture(out, settings, progress, as_json)
+    except KeyboardInterrupt:
+        raise stopped from None
+
+
+command = precompute
+
+
+def _capture(out: Output, settings: CaptureSettings, progress: str, as_json: bool) -> None:
+    from logitstore.capture import precompute
+    from logitstore.spec.errors import PartialError
+
+    try:
+        with show_progress(out, progress) as on_progress:
+            result = precompute(settings, on_progress=on_progress, on_note=out.note)
+    except PartialError as error:
+        if as_json:
+            out.json("precompute", {"complete": False, **error.data})
+        raise
+    for note in result.notes:
+        out.note(note)
+    if as_json:
+        out.json("precompute", {"complete": True, **dataclasses.asdict(result)})
+    out.note(_summary(result))
+
+
+def _summary(result: CaptureResult) -> str:
+    if not result.shards:
+        return f"{result.store} is complete: {result.skipped_shards} shards"
+    per_token = result.stored_bytes / max(result.tokens, 1)
+    return (
+        f"{result.store}: {result.tokens:,} tokens in {result.shards} shards, "
+        f"{readable_bytes(result.stored_bytes)} ({per_token:.1f} bytes per token), "
+        f"{result.tokens / max(result.seconds, 1e-9):,.0f} tokens/s"
+    )
+
+
+def _dry_run(out: Output, settings: CaptureSettings, as_json: bool) -> None:
+    from logitstore.capture import estimate
+
+    found = estimate(settings, on_note=out.note)
+    if as_json:
+        out.json("precompute-dry-run", dataclasses.asdict(found))
+    else:
+        out.table(["", "estimate"], _rows(found))
+
+
+def _rows(found: Estimate) -> list[tuple[str, str]]:
+    about = "" if found.exact_tokens else "about "
+    return [
+        ("documents", f"{found.documents:,}"),
+        ("tokens", f"{about}{found.tokens:,}"),
+        ("shards", f"{found.shards:,}"),
+        ("bytes per token", f"{found.bytes_per_token:.1f}"),
+        ("bytes", f"{found.stored_bytes:,} ({readable_bytes(found.stored_bytes)})"),
+        ("tokens/s of a worker", f"{found.tokens_per_s:,.0f}"),
+        ("hours", f"{found.hours:.2f}"),
+        ("nats per token", f"{found.nll:.3f}"),
+        ("pilot tokens", f"{found.pilot_tokens:,}"),
+    ]
+
+
+def _typed(ctx: click.Context) -> str:
+    """The command as the user typed it, from the options that were typed."""
+    words = ["logitstore", "precompute"]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params.get(name)
+        if isinstance(parameter, click.Option):
+            words += _option_words(parameter, value)
+    words += [str(file) for file in ctx.params.get("more_files", ())]
+    return shlex.join(words)
+
+
+def _option_words(option: click.Option, value: Any) -> list[str]:
+    if option.is_flag:
+        chosen = option.opts if value else option.secondary_opts
+        return chosen[:1]
+    if option.multiple:
+        return [word for item in value for word in (option.opts[0], str(item))]
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    if isinstance(option.type, Separator):
+        value = str(value).encode("unicode_escape").decode()
+    return [option.opts[0], str(value)]

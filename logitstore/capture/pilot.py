@@ -1,0 +1,156 @@
+"""A few thousand tokens of the real thing: is the teacher sane, how fast, how many bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from logitstore.capture.chunks import Chunker, encode_samples
+from logitstore.capture.worker import is_out_of_memory, micro_batches, one_is_too_large
+from logitstore.containers import container
+from logitstore.corpora import Document, Sample, pack
+from logitstore.record import Record
+from logitstore.signals import encoder
+from logitstore.spec.errors import TeacherError
+from logitstore.spec.header import Header
+from logitstore.teachers import Teacher
+
+__all__ = ["Pilot", "check_bos", "run_pilot", "spread"]
+
+# A capture is refused when the other BOS choice divides perplexity by more than this. Real traps
+# are factors of 80 and 270; a sane model changes by less than 2.
+_BOS_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What a pilot measured.
+
+    Attributes:
+        tokens: captured.
+        seconds_per_token: of teacher and encoder together, after a warm-up.
+        chunk_bytes: of all chunks.
+        shard_bytes: what an object needs beside its chunks.
+        nll: mean -log p of the realised tokens, nats; NaN where there are none.
+    """
+
+    tokens: int
+    seconds_per_token: float
+    chunk_bytes: int
+    shard_bytes: int
+    nll: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of chunks."""
+        return self.chunk_bytes / self.tokens
+
+
+def spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
+    """Evenly spaced samples of about so many tokens together: full windows where there are any."""
+    longest = max(len(s) for s in samples)
+    full = [s for s in samples if len(s) == longest]
+    count = min(len(full), math.ceil(tokens / longest))
+    return [full[i * len(full) // count] for i in range(count)]
+
+
+def run_pilot(
+    teacher: Teacher, header: Header, samples: Sequence[Sample], micro_batch: int
+) -> Pilot:
+    """Capture samples into memory.
+
+    Raises: what the teacher raises when it fails on every micro-batch.
+    """
+    encode = encoder(header)
+    records: list[Record] = []
+    done: list[Sample] = []
+    seconds = 0.0
+    failure: Exception | None = None
+    batches = list(micro_batches(samples, micro_batch))
+    # The first pass through a model is slow for reasons that do not come back: not timed.
+    for number, batch in enumerate([batches[0][:1], *batches]):
+        start_s = time.perf_counter()
+        try:
+            record = encode_samples(encode, header, batch, teacher.blocks(batch))
+        except Exception as error:
+            if is_out_of_memory(error) and micro_batch == 1:
+                raise one_is_too_large(batch[0]) from error
+            # Otherwise a sample that the capture will quarantine, or a batch that it will halve.
+            failure = error
+            continue
+        if number > 0:
+            seconds += time.perf_counter() - start_s
+            records.append(record)
+            done += batch
+    if failure is not None and is_out_of_memory(failure):
+        return run_pilot(teacher, header, samples, micro_batch // 2)
+    if failure is not None and not records:
+        raise failure
+    tokens = sum(record.num_positions for record in records)
+    file = io.BytesIO()
+    shard = container(header.container).writer(file, header)
+    chunker = Chunker(header.chunk_positions)
+    for record in records:
+        for chunk in chunker.add(record):
+            shard.add(chunk)
+    for chunk in chunker.finish():
+        shard.add(chunk)
+    summary = shard.finish()
+    chunk_bytes = sum(row.bytes for row in summary.chunks)
+    # A segment's first row is left out: only with BOS is it BOS.
+    counts = np.concatenate([(s.labels >= 0) & (s.position_ids > 0) for s in done])
+    logprobs = np.concatenate([record["label_logprob"] for record in records])[counts]
+    return Pilot(
+        tokens=tokens,
+        seconds_per_token=seconds / tokens,
+        chunk_bytes=chunk_bytes,
+        shard_bytes=file.tell() - chunk_bytes,
+        nll=-float(logprobs.astype(np.float64).mean()) if len(logprobs) else math.nan,
+    )
+
+
+def check_bos(
+    teacher: Teacher,
+    header: Header,
+    documents: Iterable[Document],
+    micro_batch: int,
+    tokens: int,
+    chosen: Pilot,
+) -> None:
+    """Refuse a capture whose perplexity is far better with the other BOS choice.
+
+    Args:
+        documents: those the chosen pilot was run over.
+        chosen: the pilot with the header's choice.
+
+    Raises: TeacherError teacher-bos.
+    """
+    assert header.packing is not None
+    assert header.tokenizer is not None
+    other_bos = header.tokenizer.bos == "none"
+    samples = list(
+        pack(documents, teacher.tokenizer, seq_len=header.packing.seq_len, bos=other_bos)
+    )
+    other = run_pilot(teacher, header, spread(samples, tokens), micro_batch)
+    if not chosen.nll - other.nll > math.log(_BOS_FACTOR):  # NaN: nothing to compare
+        return
+    have, better = ("with", "without") if not other_bos else ("without", "with")
+    flag = "--bos document" if other_bos else "--bos none"
+    raise TeacherError(
+        "teacher-bos",
+        f"the teacher is far worse {have} a BOS token before every document",
+        where=header.teacher.name,
+        got=f"perplexity {_perplexity(chosen.nll)} {have} BOS",
+        expected=f"about {_perplexity(other.nll)}, as {better} BOS",
+        hint=f"use {flag}; --no-bos-check captures as it is",
+        data={"nll": chosen.nll, "nll_other": other.nll},
+    )
+
+
+def _perplexity(nll: float) -> str:
+    return f"{math.exp(min(nll, 50.0)):.1f}"

@@ -1,0 +1,344 @@
+"""The push writer: for a loop of one's own.
+
+with logitstore.writer("STORE", signal="topk:64", vocab_size=V) as w:
+    for tokens in corpus:
+        w.add(tokens, teacher(tokens))
+
+Every session is a plan of its own; shards are committed when they are large enough and at the end.
+
+Letters: T positions of a sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+
+from logitstore.capture.chunks import Chunker, Columns, SampleEncoder
+from logitstore.corpora import labels_of
+from logitstore.corpora.tokenizer import table_of
+from logitstore.record import Record
+from logitstore.record.new_header import new_header
+from logitstore.record.statistics import merge, statistics_of
+from logitstore.signals import encoder
+from logitstore.spec.errors import CaptureError, TargetsError, UsageError
+from logitstore.spec.header import TeacherInfo, TokenizerInfo
+from logitstore.spec.plan import shard_name
+from logitstore.spec.signals import parse_signal
+from logitstore.spec.statistics import Statistics
+from logitstore.spec.tokenizer_table import TOKENIZER_TABLE, TokenizerTable
+from logitstore.store import ShardAttempt, create
+
+__all__ = ["PushWriter", "writer"]
+
+_SHARD_POSITIONS = 1 << 17
+_SHARD_BYTES = 256 << 20
+
+
+def writer(
+    location: str | os.PathLike[str],
+    *,
+    signal: Any,
+    vocab_size: int,
+    aux: Iterable[str] | None = None,
+    sample_kind: Literal["sequence", "classification"] = "sequence",
+    container: Literal["zarr", "arrow"] = "zarr",
+    tokenizer: Any = None,
+    bos: Literal["document", "none"] = "none",
+    bos_id: int | None = None,
+    teacher: str = "push",
+    lse_at: Iterable[float] = (),
+    always_ids: Iterable[int] = (),
+    loss_mask: bool = False,
+    seed: int = 0,
+    chunk_positions: int = 2048,
+    shard_positions: int = _SHARD_POSITIONS,
+    configuration: Mapping[str, Any] | None = None,
+) -> PushWriter:
+    """Open a store for pushing; it is created, or continued when its configuration is the same.
+
+    Args:
+        location: folder or URL.
+        signal: such as "topk:64", or a spec.
+        vocab_size: V, real ids only.
+        aux: fields to keep beside the signal; None: its defaults.
+        sample_kind: "sequence": rows t over token t + 1; "classification": one row a sample.
+        tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer` or a `TokenizerTable`; lets
+            readers show text, and refuse students with another tokenizer.
+        bos, bos_id: what the tokens begin with, for the record.
+        teacher: a name, for the record.
+        loss_mask: samples come with a mask.
+        shard_positions: a shard is committed when it holds so many positions (or 256 MB).
+        configuration: whatever else decides the logits; a store is continued only if it is equal.
+
+    Raises: UsageError; CommitError configuration-changed, store-sealed; StorageError.
+    """
+    spec = parse_signal(signal) if isinstance(signal, str) else signal
+    table = _table_of(tokenizer)
+    info = None
+    if table is not None:
+        info = TokenizerInfo(
+            name=str(getattr(tokenizer, "name_or_path", "") or "tokenizer"),
+            fingerprint=table.fingerprint,
+            size=len(table),
+            bos=bos,
+            bos_id=bos_id,
+            table=TOKENIZER_TABLE,
+            special_ids=tuple(sorted(table.special)),
+        )
+    temperatures, always = tuple(lse_at), tuple(always_ids)
+    header = new_header(
+        spec,
+        vocab_size=vocab_size,
+        configuration={
+            "signal": str(spec),
+            "vocab_size": vocab_size,
+            "aux": None if aux is None else sorted(aux),
+            "sample_kind": sample_kind,
+            "container": container,
+            "tokenizer": None if table is None else table.fingerprint,
+            "lse_at": list(temperatures),
+            "always_ids": list(always),
+            "loss_mask": loss_mask,
+            "seed": seed,
+            "chunk_positions": chunk_positions,
+            "given": dict(configuration or {}),
+        },
+        teacher=TeacherInfo(name=teacher),
+        container=container,
+        sample_kind=sample_kind,
+        aux=aux,
+        lse_at=temperatures,
+        always_ids=always,
+        loss_mask=loss_mask,
+        chunk_positions=chunk_positions,
+        seed=seed,
+        tokenizer=info,
+    )
+    tables = {} if table is None else {TOKENIZER_TABLE: table.encode()}
+    return PushWriter(create(location, header, tables), shard_positions)
+
+
+class PushWriter:
+    """Adds samples to a store. Made by `writer`; not thread-safe.
+
+    Leaving the `with` block commits what was added; an exception inside it keeps what was committed
+    before and drops the rest.
+
+    Attributes:
+        header: of the store.
+        num_samples, num_positions: committed by this session.
+    """
+
+    def __init__(self, store: Any, shard_positions: int) -> None:
+        self._store = store
+        self.header = store.header
+        self._plan = store.add_push_plan()
+        self._encoder = encoder(self.header)
+        self._chunker = Chunker(self.header.chunk_positions)
+        self._shard_positions = shard_positions
+        self._attempt: ShardAttempt | None = None
+        self._statistics: list[Statistics] = []
+        self._held = [0, 0, 0]  # samples, positions, bytes of the shard in work
+        self._shards = 0
+        self._added = 0
+        self._open = True
+        self.num_samples = 0
+        self.num_positions = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._drop()
+
+    def add(
+        self,
+        tokens: Any,
+        logits: Any,
+        *,
+        segment_ids: Any = None,
+        loss_mask: Any = None,
+        byte_end: Any = None,
+        sample_key: str | None = None,
+    ) -> None:
+        """Add one sample. A sample that is refused leaves the writer as it was.
+
+        Args:
+            tokens: integers [T]; for classification the label, one integer.
+            logits: raw logits [T, V] ([V] for classification), torch (any device) or numpy; row t
+                is over token t + 1 of the same segment.
+            segment_ids: integers [T] in ascending order, documents packed into one sample; None:
+                one document.
+            loss_mask: booleans [T], rows that count; for a writer with loss_mask=True.
+            byte_end: integers [T], for a writer with the aux field byte_end.
+            sample_key: stable name, unique in the store; None: session and number.
+
+        Raises: TargetsError wrong-length, token-out-of-range; TeacherError teacher-nonfinite,
+        teacher-shape; UsageError bad-argument; CaptureError writer-closed; StorageError.
+        """
+        if not self._open:
+            raise CaptureError(
+                "writer-closed",
+                "the writer was closed and takes no more samples",
+                where=self._store.location,
+                hint="open another one; it continues the same store",
+            )
+        key = sample_key or f"push/{self._plan.number}/{self._added}"
+        logits_TV = torch.as_tensor(logits)
+        columns, labels_T = self._columns(key, tokens, logits_TV, segment_ids)
+        for name, values in (("loss_mask", loss_mask), ("byte_end", byte_end)):
+            self._optional(columns, name, values, key, len(labels_T))
+        work = SampleEncoder(
+            self._encoder,
+            self.header,
+            keys=[key],
+            lengths=[len(labels_T)],
+            labels_P=labels_T,
+            columns=columns,
+        )
+        work.add(logits_TV.reshape(len(labels_T), -1))
+        record = work.record()
+        self._added += 1
+        for chunk in self._chunker.add(record):
+            self._write(chunk)
+        self._held[0] += 1
+        self._held[1] += record.num_positions
+        self._held[2] += record.nbytes
+        if self._held[1] >= self._shard_positions or self._held[2] >= _SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Commit what was added so far as a shard of its own.
+
+        Raises: StorageError; CommitError store-sealed.
+        """
+        for chunk in self._chunker.finish():
+            self._write(chunk)
+        if self._attempt is None:
+            return
+        commit = self._attempt.commit(statistics=merge(self._statistics))
+        self._shards += 1
+        self.num_samples += commit.samples
+        self.num_positions += commit.positions
+        self._attempt, self._statistics, self._held = None, [], [0, 0, 0]
+
+    def close(self) -> None:
+        """Commit what is left and end; harmless when closed."""
+        if self._open:
+            self.flush()
+            self._drop()
+
+    def _drop(self) -> None:
+        self._open = False
+        if self._attempt is not None:
+            self._attempt.abandon()
+        self._store.close()
+
+    def _write(self, chunk: Record) -> None:
+        if self._attempt is None:
+            shard = shard_name(self._plan.number, self._shards)
+            self._attempt = self._store.begin(shard, self._plan)
+        self._attempt.add(chunk)
+        self._statistics.append(statistics_of(chunk))
+
+    def _columns(
+        self, key: str, tokens: Any, logits: torch.Tensor, segment_ids: Any
+    ) -> tuple[Columns, Any]:
+        """Columns that are not encoded, and labels [T]."""
+        sequence = self.header.sample_kind == "sequence"
+        ids = np.atleast_1d(_integers(tokens, "tokens", key))
+        rows = logits.shape[0] if sequence and logits.ndim == 2 else 1
+        if ids.ndim != 1 or len(ids) != rows or not len(ids) or logits.ndim != 1 + sequence:
+            raise TargetsError(
+                "wrong-length",
+                "tokens and logits do not belong together" if sequence else "not one row of logits",
+                where=f"sample {key}",
+                got=f"tokens {tuple(ids.shape)}, logits {tuple(logits.shape)}",
+                expected="tokens [T] and logits [T, V]" if sequence else "a label and logits [V]",
+            )
+        vocab_size = self.header.vocab_size
+        outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if len(outside):
+            raise TargetsError(
+                "token-out-of-range",
+                "no such id in the vocabulary",
+                where=f"sample {key}, position {outside[0]}",
+                got=int(ids[outside[0]]),
+                expected=f"0 to {vocab_size - 1}",
+            )
+        if not sequence:
+            return {"label": ids}, ids
+        segments = np.zeros(len(ids), np.int64)
+        if segment_ids is not None:
+            segments = _integers(segment_ids, "segment_ids", key)
+            _check_length("segment_ids", segments, key, len(ids))
+            if (np.diff(segments) < 0).any() or segments.min() < 0 or segments.max() > 65_535:
+                raise UsageError(
+                    "bad-argument",
+                    "segment_ids must ascend, from 0 to 65535",
+                    where=f"sample {key}",
+                )
+        return {"tokens": ids, "segment_ids": segments}, labels_of(ids, segments)
+
+    def _optional(self, columns: Columns, name: str, values: Any, key: str, length: int) -> None:
+        stored = self.header.schema_.column(name) is not None
+        if stored != (values is not None):
+            raise UsageError(
+                "bad-argument",
+                f"this store keeps {'a' if stored else 'no'} {name}",
+                where=f"sample {key}",
+                got="none" if stored else name,
+                hint=f"decide it for all samples, in writer(...): {name}",
+            )
+        if values is not None:
+            array = _array(values)
+            _check_length(name, array, key, length)
+            columns[name] = array
+
+
+def _array(values: Any) -> np.ndarray[Any, Any]:
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
+def _integers(values: Any, name: str, key: str) -> np.ndarray[Any, Any]:
+    array = _array(values)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise UsageError(
+            "bad-argument",
+            f"{name} must be integers",
+            where=f"sample {key}",
+            got=array.dtype,
+            expected="an integer dtype",
+        )
+    return array.astype(np.int64)
+
+
+def _check_length(name: str, array: np.ndarray[Any, Any], key: str, length: int) -> None:
+    if array.shape != (length,):
+        raise TargetsError(
+            "wrong-length",
+            f"{name} has another length than tokens",
+            where=f"sample {key}",
+            got=array.shape,
+            expected=(length,),
+        )
+
+
+def _table_of(tokenizer: Any) -> TokenizerTable | None:
+    if tokenizer is None or isinstance(tokenizer, TokenizerTable):
+        return tokenizer
+    return table_of(getattr(tokenizer, "backend_tokenizer", tokenizer))

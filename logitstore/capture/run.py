@@ -1,0 +1,436 @@
+"""The batch job: teacher x corpus -> store. Run again, it continues.
+
+1. Load corpus and teacher, derive the configuration. 2. First time: read the whole corpus once, run
+a pilot, refuse what cannot work, create store and plan. Later: compare configuration and corpus
+with what the store was begun with. 3. Capture the shards of the plan that have no commit yet.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from logitstore.capture.local import Job, run_local
+from logitstore.capture.pilot import Pilot, check_bos, run_pilot, spread
+from logitstore.capture.planning import (
+    Scan,
+    Sizing,
+    make_plan,
+    scan_corpus,
+    shard_tokens_for,
+)
+from logitstore.capture.progress import Progress, ProgressMeter
+from logitstore.capture.settings import CaptureSettings
+from logitstore.capture.worker import Work, capture_shards
+from logitstore.corpora import Corpus, describe_files, find_files, pack
+from logitstore.record import aux_fields
+from logitstore.record.new_header import new_header
+from logitstore.spec.commit import Quarantined
+from logitstore.spec.errors import (
+    CommitError,
+    NotFoundError,
+    PartialError,
+    StorageError,
+    UsageError,
+)
+from logitstore.spec.header import Header, Packing, TokenizerInfo
+from logitstore.spec.plan import Plan, ShardPlan
+from logitstore.spec.signals import parse_signal
+from logitstore.spec.tokenizer_table import TOKENIZER_TABLE
+from logitstore.store import Store, StoreWriter, append, create, parse_location
+from logitstore.store import open as open_store
+from logitstore.teachers import Teacher, TeacherOptions, load_teacher
+
+__all__ = ["CaptureResult", "Estimate", "estimate", "precompute"]
+
+_DRY_RUN_TOKENS = 4096
+_PROBE_TOKENS = 1024
+_PROBE_BYTES = 1 << 20
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureResult:
+    """What a run did.
+
+    Attributes:
+        store: where.
+        shards, tokens, stored_bytes: captured by this run.
+        skipped_shards: committed before.
+        seconds: of capturing, without loading and planning.
+        notes: such as a halved micro-batch.
+    """
+
+    store: str
+    shards: int
+    skipped_shards: int
+    tokens: int
+    stored_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a capture would be, from a pilot.
+
+    Attributes:
+        documents, tokens, shards: of the plan; tokens are counted or estimated from a sample.
+        exact_tokens: whether they were counted.
+        bytes_per_token, stored_bytes: of shard objects.
+        tokens_per_s: of one worker.
+        hours: of all workers, if they do not slow each other down.
+        perplexity_nll: mean -log p of the pilot's tokens, nats.
+        pilot_tokens: how many tokens all this is from.
+    """
+
+    documents: int
+    tokens: int
+    exact_tokens: bool
+    shards: int
+    bytes_per_token: float
+    stored_bytes: int
+    tokens_per_s: float
+    hours: float
+    nll: float
+    pilot_tokens: int
+
+
+def precompute(
+    settings: CaptureSettings,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_note: Note = lambda text: None,
+) -> CaptureResult:
+    """Capture a teacher over a corpus into a store, or continue doing so.
+
+    Args:
+        on_progress: called a few times a second.
+        on_note: told in words what happens.
+
+    Raises: UsageError, NotFoundError, CorpusError, TeacherError, CommitError, StorageError before
+    anything is captured; CaptureError; PartialError capture-partial at the end when samples were
+    quarantined (everything else is committed).
+    """
+    setup = _Setup(settings, on_note)
+    writer = None
+    if setup.present is not None:
+        # Refuses another configuration before anything slow happens.
+        writer = setup.open_writer()
+    plan, tokens_total = setup.plan, None
+    if plan is None:
+        writer, plan, tokens_total = setup.begin(writer)
+    else:
+        setup.check_corpus(plan)
+    if writer is None:
+        return _nothing_to_do(settings, plan)
+    with writer:
+        committed = writer.committed()
+        todo = [s for s in plan.shards if s.shard not in committed]
+        skipped = len(plan.shards) - len(todo)
+        if skipped:
+            on_note(f"{skipped} of {len(plan.shards)} shards are committed already: skipped")
+        if not todo:
+            return _nothing_to_do(settings, plan)
+        meter = ProgressMeter(
+            todo,
+            tokens_total=None if skipped else tokens_total,
+            on_progress=on_progress,
+        )
+        start_s = time.monotonic()
+        setup.run(writer, plan, todo, meter)
+        seconds = time.monotonic() - start_s
+        meter.show()
+        result = CaptureResult(
+            store=str(writer.location),
+            shards=meter.shards,
+            skipped_shards=skipped,
+            tokens=meter.tokens,
+            stored_bytes=meter.stored_bytes,
+            seconds=seconds,
+            notes=tuple(dict.fromkeys(meter.notes)),
+        )
+    if meter.quarantined:
+        raise _partial(result, meter.quarantined)
+    return result
+
+
+def estimate(settings: CaptureSettings, *, on_note: Note = lambda text: None) -> Estimate:
+    """What `precompute` would do, from a pilot of about 4,096 tokens; writes nothing.
+
+    Raises: as `precompute` before anything is captured.
+    """
+    setup = _Setup(settings, on_note)
+    scan, sizing, pilot = setup.look(_DRY_RUN_TOKENS)
+    units = list(sizing.units(setup.shard_tokens(sizing, pilot), settings.max_tokens))
+    stored_bytes = round(
+        sizing.tokens_total * pilot.bytes_per_token + len(units) * pilot.shard_bytes
+    )
+    seconds = sizing.tokens_total * pilot.seconds_per_token
+    return Estimate(
+        documents=scan.info.documents,
+        tokens=sizing.tokens_total,
+        exact_tokens=sizing.exact,
+        shards=len(units),
+        bytes_per_token=stored_bytes / sizing.tokens_total,
+        stored_bytes=stored_bytes,
+        tokens_per_s=1 / pilot.seconds_per_token,
+        hours=seconds / 3600 / min(settings.workers, len(units)),
+        nll=pilot.nll,
+        pilot_tokens=pilot.tokens,
+    )
+
+
+class _Setup:
+    """Corpus, teacher and header of a capture.
+
+    Attributes:
+        present: header of the store, if it was begun; `plan` is its plan, if it has one.
+    """
+
+    def __init__(self, settings: CaptureSettings, note: Note) -> None:
+        self._settings = settings
+        self._note = note
+        signal = parse_signal(settings.signal)
+        self.corpus = Corpus(
+            find_files(settings.corpus),
+            text_key=settings.text_key,
+            document_separator=settings.document_separator,
+        )
+        self.present, self.plan = _present(settings.out)
+        self.options = TeacherOptions(
+            dtype=settings.dtype,
+            device=settings.device,
+            threads=_threads(settings, self.present),
+        )
+        self.teacher: Teacher = load_teacher(settings.teacher, self.options)
+        self.header, self._tables = header_for(settings, signal, self.teacher)
+
+    def look(self, pilot_tokens: int) -> tuple[Scan, Sizing, Pilot]:
+        """Read the corpus, size it, run the pilot and check the BOS choice."""
+        settings, header, teacher = self._settings, self.header, self.teacher
+        assert header.tokenizer is not None
+        bos = header.tokenizer.bos == "document"
+        self._note(f"reading {len(self.corpus.files)} corpus files")
+        scan = scan_corpus(self.corpus)
+        sizing = Sizing(
+            self.corpus, scan, teacher.tokenizer, bos=bos, max_tokens=settings.max_tokens
+        )
+        documents = list(sizing.sample(_PROBE_BYTES))
+        samples = list(pack(documents, teacher.tokenizer, seq_len=settings.seq_len, bos=bos))
+        chosen = spread(samples, pilot_tokens)
+        self._note(f"running the teacher over {sum(len(s) for s in chosen)} tokens")
+        pilot = run_pilot(teacher, header, chosen, settings.micro_batch)
+        if settings.check_bos and settings.bos == "auto" and teacher.tokenizer.bos_id is not None:
+            tokens = min(pilot_tokens, _PROBE_TOKENS)
+            check_bos(teacher, header, documents, settings.micro_batch, tokens, pilot)
+        return scan, sizing, pilot
+
+    def open_writer(self) -> StoreWriter | None:
+        """Create the store, or join one of the same configuration; None when it is sealed.
+
+        Raises: CommitError configuration-changed.
+        """
+        try:
+            return create(self._settings.out, self.header, self._tables)
+        except CommitError as error:
+            if error.kind == "store-sealed" and self.plan is not None:
+                return None
+            raise
+
+    def begin(self, writer: StoreWriter | None) -> tuple[StoreWriter | None, Plan, float]:
+        """Everything before the first shard: pilot, checks, store, plan."""
+        scan, sizing, pilot = self.look(_PROBE_TOKENS)
+        self._check_space(sizing, pilot)
+        writer = writer or create(self._settings.out, self.header, self._tables)
+        units = sizing.units(self.shard_tokens(sizing, pilot), self._settings.max_tokens)
+        plan = writer.add_plan(make_plan(writer.header, scan, units))
+        self._note(
+            f"{scan.info.documents} documents, {'' if sizing.exact else 'about '}"
+            f"{sizing.tokens_total} tokens, {len(plan.shards)} shards"
+        )
+        return writer, plan, sizing.tokens_total
+
+    def check_corpus(self, plan: Plan) -> None:
+        """Refuse files that are not those of the plan.
+
+        Raises: CorpusError corpus-changed.
+        """
+        assert plan.corpus is not None
+        found = describe_files(self.corpus.files, plan.corpus.documents)
+        self.corpus.check_unchanged(plan.corpus, found)
+
+    def run(
+        self,
+        writer: StoreWriter,
+        plan: Plan,
+        todo: Sequence[ShardPlan],
+        meter: ProgressMeter,
+    ) -> None:
+        """Capture shards here or in worker processes."""
+        settings = self._settings
+        workers = settings.workers
+        if workers > 1 and writer.commit_mode == "single-writer":
+            self._note("the storage ignores conditional writes: one process captures")
+            workers = 1
+        if workers == 1:
+            work = Work(writer, plan, self.corpus, self.teacher, settings.micro_batch)
+            capture_shards(work, todo, meter.add)
+            return
+        del self.teacher
+        job = Job(
+            str(writer.location),
+            settings.teacher,
+            self.options,
+            self.corpus,
+            plan,
+            settings.micro_batch,
+        )
+        run_local(job, todo, workers, meter.add)
+
+    def shard_tokens(self, sizing: Sizing, pilot: Pilot) -> int:
+        """Wanted size of a shard."""
+        return self._settings.shard_tokens or shard_tokens_for(
+            sizing.tokens_total, pilot.seconds_per_token, self._settings.workers
+        )
+
+    def _check_space(self, sizing: Sizing, pilot: Pilot) -> None:
+        location = parse_location(self._settings.out)
+        if location.kind != "local":
+            return
+        folder = next(p for p in (location.path, *location.path.parents) if p.is_dir())
+        free_bytes = shutil.disk_usage(folder).free
+        need_bytes = round(sizing.tokens_total * pilot.bytes_per_token + pilot.shard_bytes)
+        if need_bytes > free_bytes:
+            raise StorageError(
+                "disk-full",
+                "the store would not fit on this disk",
+                where=folder,
+                got=f"{free_bytes:,} bytes free",
+                expected=f"about {need_bytes:,} bytes ({pilot.bytes_per_token:.0f} per token)",
+                hint="free space, choose another disk, a smaller signal, or --max-tokens",
+            )
+
+
+def header_for(
+    settings: CaptureSettings, signal: Any, teacher: Teacher
+) -> tuple[Header, Mapping[str, bytes]]:
+    """The header of a capture and the store's tables.
+
+    Raises: UsageError bad-argument, unknown-aux, k-exceeds-vocabulary.
+    """
+    tokenizer = teacher.tokenizer
+    aux = aux_fields(signal, teacher.vocab_size, settings.aux, sample_kind="sequence")
+    info = teacher.describe()
+    bos = settings.bos
+    if bos == "auto":
+        bos = "document" if tokenizer.adds_bos else "none"
+    if bos == "document" and tokenizer.bos_id is None:
+        raise UsageError(
+            "bad-argument",
+            "this tokenizer has no BOS token",
+            where="--bos",
+            got=settings.bos,
+            expected="none",
+        )
+    table = tokenizer.table.encode()
+    tokenizer_info = TokenizerInfo(
+        name=tokenizer.name,
+        fingerprint=tokenizer.table.fingerprint,
+        size=len(tokenizer.table),
+        bos=bos,
+        bos_id=tokenizer.bos_id,
+        table=TOKENIZER_TABLE,
+        special_ids=tuple(sorted(tokenizer.table.special)),
+    )
+    configuration = {
+        **settings.configuration(),
+        "signal": str(signal),
+        "aux": list(aux),
+        "vocab_size": teacher.vocab_size,
+        # Not the name: a model is its content, wherever its folder is.
+        "teacher": {
+            **info.model_dump(mode="json", exclude={"name"}, exclude_none=True),
+            **teacher.settings,
+        },
+        "tokenizer": {"fingerprint": tokenizer_info.fingerprint, "bos": bos},
+    }
+    header = new_header(
+        signal,
+        vocab_size=teacher.vocab_size,
+        configuration=configuration,
+        teacher=info,
+        container=settings.container,
+        aux=aux,
+        lse_at=settings.lse_at,
+        always_ids=settings.always_ids,
+        chunk_positions=settings.chunk_capacity,
+        seed=settings.seed,
+        tokenizer=tokenizer_info,
+        packing=Packing(
+            seq_len=settings.seq_len,
+            document_separator=settings.document_separator,
+            text_key=settings.text_key,
+        ),
+    )
+    return header, {TOKENIZER_TABLE: table}
+
+
+def _present(location: str) -> tuple[Header | None, Plan | None]:
+    """Header and corpus plan of the store at that place, if there is one; reads no commits."""
+    found: StoreWriter | Store
+    try:
+        found = append(location)
+    except NotFoundError:
+        return None, None
+    except CommitError as error:
+        if error.kind != "store-sealed":
+            raise
+        found = open_store(location)
+    with found:
+        plans = (plan for plan in found.plans() if plan.kind == "corpus")
+        return found.header, next(plans, None)
+
+
+def _threads(settings: CaptureSettings, present: Header | None) -> int:
+    """As asked; as the store was begun with; or an equal share of the cores."""
+    if settings.threads_per_worker is not None:
+        return settings.threads_per_worker
+    if present is not None and present.teacher.threads_per_worker is not None:
+        return present.teacher.threads_per_worker
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // settings.workers)
+
+
+def _nothing_to_do(settings: CaptureSettings, plan: Plan) -> CaptureResult:
+    return CaptureResult(
+        store=str(parse_location(settings.out)),
+        shards=0,
+        skipped_shards=len(plan.shards),
+        tokens=0,
+        stored_bytes=0,
+        seconds=0.0,
+    )
+
+
+def _partial(result: CaptureResult, quarantined: Sequence[Quarantined]) -> PartialError:
+    listed = [f"{q.sample_key}: {q.reason}" for q in quarantined]
+    more = f"\n    and {len(listed) - 20} more" if len(listed) > 20 else ""
+    return PartialError(
+        "capture-partial",
+        f"{len(listed)} samples could not be captured, the rest is committed:\n    "
+        + "\n    ".join(listed[:20])
+        + more,
+        where=result.store,
+        got=f"{result.tokens} tokens in {result.shards} shards",
+        hint="the commits list them; a store without them is whole and can be trained from",
+        data={
+            "quarantined": [q.model_dump(mode="json") for q in quarantined],
+            "tokens": result.tokens,
+        },
+    )

@@ -1,0 +1,133 @@
+"""What a user chooses for a capture, and which of it decides the stored bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from logitstore.spec.errors import UsageError
+
+__all__ = ["CaptureSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureSettings:
+    """A capture of a teacher over a corpus.
+
+    Attributes:
+        teacher: "hf:PATH_OR_ID" or "py:module:function".
+        corpus: file names and patterns.
+        out: folder or URL of the store.
+        signal: for example "topk:64".
+        seq_len: tokens of a window.
+        aux: fields to keep beside the signal; None: the signal's defaults.
+        lse_at: temperatures T whose logsumexp(z / T) is kept.
+        always_ids: control tokens whose log-probs are kept at every position.
+        text_key, document_separator: see `corpora.Corpus`.
+        max_tokens: capture only so many tokens, from the start of the corpus.
+        shard_tokens: tokens of a shard; None: about two minutes of the teacher's time.
+        bos: "auto" takes what the tokenizer does by itself; "document" puts BOS before every
+            document.
+        check_bos: refuse a capture for which the other BOS choice is ten times better.
+        container: "zarr" or "arrow".
+        chunk_positions: positions of a chunk; None: 2048, or `seq_len` when that is larger.
+        batch_tokens: tokens of a micro-batch.
+        dtype, device: see `teachers.TeacherOptions`.
+        workers: processes on this machine.
+        threads_per_worker: CPU threads of each; None: what the store was begun with, or the cores
+            divided by the workers.
+        seed: of the random function.
+    """
+
+    teacher: str
+    corpus: tuple[str, ...]
+    out: str
+    signal: str
+    seq_len: int = 512
+    aux: tuple[str, ...] | None = None
+    lse_at: tuple[float, ...] = ()
+    always_ids: tuple[int, ...] = ()
+    text_key: str | None = None
+    document_separator: str | None = None
+    max_tokens: int | None = None
+    shard_tokens: int | None = None
+    bos: Literal["auto", "document", "none"] = "auto"
+    check_bos: bool = True
+    container: Literal["zarr", "arrow"] = "zarr"
+    chunk_positions: int | None = None
+    batch_tokens: int = 2048
+    dtype: str = "auto"
+    device: str = "auto"
+    workers: int = 1
+    threads_per_worker: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "seq_len": 2,
+            "max_tokens": 1,
+            "shard_tokens": 1,
+            "chunk_positions": 1,
+            "batch_tokens": 1,
+            "workers": 1,
+            "threads_per_worker": 1,
+            "seed": 0,
+        }
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise UsageError(
+                    "bad-argument",
+                    "too small",
+                    where=f"--{name.replace('_', '-')}",
+                    got=value,
+                    expected=f"at least {minimum}",
+                )
+        if self.seq_len > 65_536:
+            # segment_ids are 16-bit, and a window may hold as many documents as tokens
+            raise UsageError(
+                "bad-argument",
+                "windows are too long",
+                where="--seq-len",
+                got=self.seq_len,
+                expected="at most 65536",
+            )
+        if any(not 0 < t < float("inf") for t in self.lse_at):
+            raise UsageError(
+                "bad-argument",
+                "temperatures must be positive numbers",
+                where="--lse-at",
+                got=", ".join(map(str, self.lse_at)),
+                expected="for example 2.0,4.0",
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Full windows of one forward pass."""
+        return max(1, self.batch_tokens // self.seq_len)
+
+    @property
+    def chunk_capacity(self) -> int:
+        """Positions of a chunk."""
+        return max(self.chunk_positions or 2048, self.seq_len)
+
+    def configuration(self) -> Mapping[str, Any]:
+        """The part that a store remembers and compares on resume, teacher and tokenizer apart."""
+        return {
+            "signal": self.signal,
+            "aux": None if self.aux is None else sorted(self.aux),
+            "lse_at": list(self.lse_at),
+            "always_ids": list(self.always_ids),
+            "container": self.container,
+            "chunk_positions": self.chunk_capacity,
+            "seed": self.seed,
+            "packing": {
+                "seq_len": self.seq_len,
+                "text_key": self.text_key,
+                "document_separator": self.document_separator,
+                "max_tokens": self.max_tokens,
+                "shard_tokens": self.shard_tokens,
+            },
+            "micro_batch": self.micro_batch,
+        }
