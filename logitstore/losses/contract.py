@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -73,7 +73,7 @@ class LossInfo:
         needs_labels: True when `labels` must be given.
         source: paper and section.
         aliases: other names the field uses.
-        function: the function itself.
+        function: the function as users call it, with the checks of this declaration.
     """
 
     name: str
@@ -147,7 +147,6 @@ def loss(
             needs_labels=needs_labels,
             source=source,
             aliases=aliases,
-            function=function,
         )
         default_missing = inspect.signature(function).parameters.get("missing")
 
@@ -168,7 +167,7 @@ def loss(
                 )
             return function(student_logits, targets, **options)
 
-        LOSSES[info.name] = info
+        info = LOSSES[info.name] = replace(info, function=checked)
         checked.info = info  # type: ignore[attr-defined]
         return checked  # type: ignore[return-value]
 

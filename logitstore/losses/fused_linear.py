@@ -23,7 +23,7 @@ from logitstore.losses.contract import (
     Rows,
     align,
 )
-from logitstore.losses.kd_with_ce import sparse_kd_with_ce
+from logitstore.losses.sparse_kd_with_ce import sparse_kd_with_ce
 from logitstore.losses.sparse_logprobs import (
     LogitGradient,
     SparseLogprobs,
