@@ -259,7 +259,8 @@ def _head_as_topk(header: Header, target: TopKSpec) -> Transform:
     """The exact head of a threshold record as a top-h record, where every position's head reaches.
 
     The stored heads are the largest ids other than the label; the label joins where its rank is
-    below theirs. Head log-probs keep their rounding to 1/64 nat.
+    below theirs. Head log-probs keep their rounding to 1/64 nat, and heads behind the largest that
+    lie within one such step of each other may change places.
     """
     if header.always_ids:
         raise _refuse(header.signal, target, "always-ids are left out of the head")

@@ -84,6 +84,7 @@ def _sampled(spec: SampledSpec, vocab_size: int) -> _Layout:
 def _threshold(spec: ThresholdSpec, vocab_size: int) -> _Layout:
     count: Literal["uint8", "uint16"] = "uint8" if spec.budget <= 255 else "uint16"
     columns = [
+        Column(name="tail_logprob", dtype="float32", axis="position", step=HEAD_STEP),
         Column(name="num_heads", dtype=count, axis="position"),
         Column(name="head_ids", dtype="uint32", axis="heads"),
         Column(name="head_logprobs", dtype="float32", axis="heads", step=HEAD_STEP),
@@ -91,11 +92,11 @@ def _threshold(spec: ThresholdSpec, vocab_size: int) -> _Layout:
         Column(name="tail_ids", dtype="uint32", axis="tails"),
     ]
     groups = [
-        Group(name="heads", owner="position"),
+        Group(name="heads", owner="position", id_column="head_ids", pairs="head_pairs"),
         Group(name="tails", owner="position", id_column="tail_ids", pairs="tail_pairs"),
     ]
     defaults = ("label_logprob", "label_rank", "entropy")
-    # log_tail is there already, in the first head slot
+    # tail_logprob says it already
     return columns, groups, defaults, frozenset({"log_tail"})
 
 

@@ -82,13 +82,8 @@ def _position_values(record: Record) -> Iterable[tuple[str, NDArray[np.float64]]
         yield "top1_prob", np.exp(record["logprobs"][first].astype(np.float64))
     if "log_tail" in record:
         yield "kept_mass", -np.expm1(record["log_tail"].astype(np.float64))
-    elif "head_logprobs" in record:
-        has_head = record["num_heads"] > 0
-        first = record.group_offsets("heads")[:-1][has_head]
-        # The first head slot holds the mass outside the head; without a head everything is outside.
-        kept = np.zeros(record.num_positions)
-        kept[has_head] = -np.expm1(record["head_logprobs"][first].astype(np.float64))
-        yield "kept_mass", kept
+    elif "tail_logprob" in record:
+        yield "kept_mass", -np.expm1(record["tail_logprob"].astype(np.float64))
     counts = [record[c] for c in ("num_ids", "num_heads", "num_tails") if c in record]
     if counts:
         yield "num_ids", np.sum(np.stack(counts).astype(np.float64), axis=0)

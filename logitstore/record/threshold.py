@@ -1,9 +1,8 @@
-"""Decoding threshold records: from slots and implied masses to ids with weights.
+"""Decoding threshold records: from stored and implied masses to ids with weights.
 
 What is stored is described in `logitstore.signals.threshold`: the realised next token is not stored
-at all (its id is the label, its probability `label_logprob`), the first head slot holds the log of
-the tail's mass, the largest head probability is what is missing to 1, every tail id weighs the
-same.
+at all (its id is the label, its probability `label_logprob`), the probability of the head whose
+log-prob reads 0 is what is missing to 1, the tail ids of a position share the tail's mass equally.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ __all__ = ["ThresholdEntries", "decode_threshold"]
 
 
 class ThresholdEntries(NamedTuple):
-    """Entries of P positions, one position after another: heads descending, then tail ids
-    ascending.
+    """Entries of P positions, one position after another: heads in the teacher's order as far as
+    it is stored (the largest first, the others by rounded weight), then tail ids ascending.
 
     Attributes:
         ids: int64 [E].
@@ -44,9 +43,9 @@ def decode_threshold(record: Record, always_ids: tuple[int, ...]) -> ThresholdEn
     num_positions = record.num_positions
     heads = record["num_heads"].astype(np.int64)
     tails = record["num_tails"].astype(np.int64)
-    slot_owner = np.repeat(np.arange(num_positions), heads)
+    head_owner = np.repeat(np.arange(num_positions), heads)
     value = np.exp(record["head_logprobs"].astype(np.float64))
-    first = (np.cumsum(heads) - heads)[heads > 0]
+    is_largest = value == 1
 
     label = labels(record)
     label_probs = np.exp(record["label_logprob"].astype(np.float64))
@@ -60,28 +59,41 @@ def decode_threshold(record: Record, always_ids: tuple[int, ...]) -> ThresholdEn
     known = known + np.where(has_label, label_probs, 0.0)
 
     tail_mass = np.maximum(1.0 - known, 0.0)
-    tail_mass[heads > 0] = value[first]
-    value[first] = 0.0
-    others = np.bincount(slot_owner, weights=value, minlength=num_positions)
+    tail_mass[heads > 0] = np.exp(record["tail_logprob"].astype(np.float64))[heads > 0]
+    value[is_largest] = 0.0
+    others = np.bincount(head_owner, weights=value, minlength=num_positions)
     top = np.maximum(1.0 - known - tail_mass - others, 0.0)
-    value[first] = top[heads > 0]
+    value[is_largest] = top[head_owner[is_largest]]
+
+    # The largest head stands first even where rounding left another one a larger weight; the label
+    # joins the heads by weight.
+    order = np.lexsort((record["head_ids"], -value, ~is_largest, head_owner))
+    slot = np.empty(len(order), np.int64)
+    slot[order] = _index_in_owner(heads)
+    ahead = np.bincount(head_owner, value > label_probs[head_owner], num_positions).astype(np.int64)
+    behind_label = has_label[head_owner] & (slot >= ahead[head_owner])
 
     label_at = np.flatnonzero(has_label)
     tail_owner = np.repeat(np.arange(num_positions), tails)
-    owner = np.concatenate([slot_owner, label_at, tail_owner])
-    ids = np.concatenate(
-        [record["head_ids"].astype(np.int64), label[label_at], record["tail_ids"].astype(np.int64)]
+    num_heads = heads + has_label
+    begin = np.cumsum(num_heads + tails) - num_heads - tails
+    place = np.concatenate(
+        [
+            begin[head_owner] + slot + behind_label,
+            begin[label_at] + ahead[label_at],
+            (begin + num_heads)[tail_owner] + _index_in_owner(tails),
+        ]
     )
-    tail_weight = (tail_mass / np.maximum(tails, 1))[tail_owner]
-    weights = np.concatenate([value, label_probs[label_at], tail_weight])
-    kind = np.repeat([0, 1, 2], [len(slot_owner), len(label_at), len(tail_owner)])
-    # Heads keep the teacher's order, which rounding may blur in their weights; the label joins them
-    # by weight.
-    slot = np.arange(len(slot_owner)) - (np.cumsum(heads) - heads)[slot_owner]
-    above = value > label_probs[slot_owner]
-    label_place = np.bincount(slot_owner, weights=above, minlength=num_positions)[label_at] - 0.5
-    place = np.concatenate([slot, label_place, ids[len(slot_owner) + len(label_at) :]])
-    order = np.lexsort((place, kind == 2, owner))
-    return ThresholdEntries(
-        ids[order], weights[order], heads + has_label, tails, tail_mass, kind[order] == 1
-    )
+    ids = np.empty(len(place), np.int64)
+    ids[place] = np.concatenate([record["head_ids"], label[label_at], record["tail_ids"]])
+    weights = np.empty(len(place))
+    tail_weight = tail_mass / np.maximum(tails, 1)
+    weights[place] = np.concatenate([value, label_probs[label_at], tail_weight[tail_owner]])
+    is_label = np.zeros(len(place), np.bool_)
+    is_label[place[len(slot) : len(slot) + len(label_at)]] = True
+    return ThresholdEntries(ids, weights, num_heads, tails, tail_mass, is_label)
+
+
+def _index_in_owner(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, .. for the entries of each owner."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
