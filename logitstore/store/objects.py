@@ -75,7 +75,7 @@ class ObjectBackend:
 
     def get(self, key: str, *, limit_bytes: int) -> bytes | None:
         try:
-            with self._errors(key):
+            with self._errors(key, may_be_missing=True):
                 result = self._store().get(key)
                 size = result.meta["size"]
                 if size <= limit_bytes:
@@ -92,7 +92,7 @@ class ObjectBackend:
 
     def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
         try:
-            with self._errors(key):
+            with self._errors(key, may_be_missing=True):
                 result = self._store().get(key, options={"range": (offset, offset + length)})
                 size = result.meta["size"]
                 data = memoryview(result.bytes()) if size == size_bytes else memoryview(b"")
@@ -124,7 +124,7 @@ class ObjectBackend:
 
     def size(self, key: str) -> int | None:
         try:
-            with self._errors(key):
+            with self._errors(key, may_be_missing=True):
                 return self._store().head(key)["size"]
         except FileNotFoundError:
             return None
@@ -183,7 +183,8 @@ class ObjectBackend:
         # Left behind where deletion is not allowed; readers never look there.
         with suppress(StorageError):
             self.delete(key)
-        return "create-only" if sum(won) == 1 else "single-writer"
+        # None when the winner's reply was lost.
+        return "create-only" if sum(won) <= 1 else "single-writer"
 
     def use_single_writer(self) -> None:
         self._single_writer = True
@@ -193,7 +194,7 @@ class ObjectBackend:
 
     def delete(self, key: str) -> None:
         self._refuse_http("cannot be written")
-        with suppress(FileNotFoundError), self._errors(key):
+        with suppress(FileNotFoundError), self._errors(key, may_be_missing=True):
             self._store().delete(key)
 
     def close(self) -> None:
@@ -217,15 +218,15 @@ class ObjectBackend:
             )
 
     @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        """Turn obstore's errors into ours; a missing key stays FileNotFoundError."""
+    def _errors(self, key: str, *, may_be_missing: bool = False) -> Iterator[None]:
+        """Turn obstore's errors into ours; FileNotFoundError stays where a key may be missing."""
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         if key:
             check_key(key, where=str(self.location))
         try:
             yield
-        except (FileNotFoundError, LogitstoreError):
+        except LogitstoreError:
             raise
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise StorageError(
@@ -236,6 +237,8 @@ class ObjectBackend:
                 hint="credentials are taken from the environment (AWS_*, GOOGLE_*, AZURE_*)",
             ) from error
         except (BaseError, OSError, ValueError) as error:
+            if may_be_missing and isinstance(error, FileNotFoundError):
+                raise
             raise StorageError(
                 "storage-failed",
                 "storage operation failed",
