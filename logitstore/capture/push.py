@@ -26,7 +26,7 @@ from logitstore.record import Record
 from logitstore.record.new_header import new_header
 from logitstore.record.statistics import merge, statistics_of
 from logitstore.signals import encoder
-from logitstore.spec.errors import CaptureError, TargetsError, UsageError
+from logitstore.spec.errors import CaptureError, TargetsError, TeacherError, UsageError
 from logitstore.spec.header import TeacherInfo, TokenizerInfo
 from logitstore.spec.plan import shard_name
 from logitstore.spec.signals import parse_signal
@@ -198,6 +198,8 @@ class PushWriter:
                 hint="open another one; it continues the same store",
             )
         key = sample_key or f"push/{self._plan.number}/{self._added}"
+        if isinstance(logits, np.ndarray) and not logits.flags.writeable:
+            logits = logits.copy()  # torch would warn that it cannot forbid writing
         logits_TV = torch.as_tensor(logits)
         columns, labels_T = self._columns(key, tokens, logits_TV, segment_ids)
         for name, values in (("loss_mask", loss_mask), ("byte_end", byte_end)):
@@ -271,6 +273,15 @@ class PushWriter:
                 expected="tokens [T] and logits [T, V]" if sequence else "a label and logits [V]",
             )
         vocab_size = self.header.vocab_size
+        if logits.shape[-1] != vocab_size:
+            raise TeacherError(
+                "teacher-shape",
+                "logits do not have the store's vocabulary",
+                where=f"sample {key}",
+                got=f"{logits.shape[-1]} columns",
+                expected=vocab_size,
+                hint="cut off the padded rows of the output layer: logits[:, :vocab_size]",
+            )
         outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if len(outside):
             raise TargetsError(
@@ -316,7 +327,7 @@ def _array(values: Any) -> np.ndarray[Any, Any]:
 
 def _integers(values: Any, name: str, key: str) -> np.ndarray[Any, Any]:
     array = _array(values)
-    if not np.issubdtype(array.dtype, np.integer):
+    if array.size and not np.issubdtype(array.dtype, np.integer):
         raise UsageError(
             "bad-argument",
             f"{name} must be integers",
