@@ -2,7 +2,8 @@
 
 Losses that gather, sort or take logarithms row by row work on counted rows only: a masked row may
 hold NaN or infinities, and `0 * NaN` in the backward pass would spread them. Dropping such rows
-keeps them out and saves their arithmetic. When every row counts nothing is copied.
+keeps them out and saves their arithmetic. When every row counts nothing is copied. Under
+torch.compile, where shapes may not depend on data, such rows stay and hold zeros instead.
 
 Letters: R rows of the batch, N rows that count, V student vocabulary, K kept ids.
 """
@@ -40,7 +41,7 @@ __all__ = [
 
 
 class Positions(NamedTuple):
-    """The N counted rows.
+    """The N counted rows (all R rows under torch.compile, those that do not count zeroed).
 
     Attributes:
         student_NV: rows that count, in the dtype `align` left them in.
@@ -71,12 +72,16 @@ class Positions(NamedTuple):
         return reduce(loss_R, rows, reduction, with_count)
 
 
-def counted_positions(rows: Rows, *, labelled: str | None = None) -> Positions:
+def counted_positions(
+    rows: Rows, *, labelled: str | None = None, across_rows: bool = False
+) -> Positions:
     """Take the rows that count out of `rows`.
 
     Args:
         rows: what `contract.align` returned.
         labelled: name of a loss that needs a label in every row that counts.
+        across_rows: rows meet each other in the loss, so zeroed ones would be seen; they are
+            dropped also under torch.compile, which breaks the graph there.
 
     Raises: TargetsError shape-mismatch when a field of the targets has another leading shape than
         the student; label-missing.
@@ -93,7 +98,12 @@ def counted_positions(rows: Rows, *, labelled: str | None = None) -> Positions:
     labels_R = rows.labels_R
     if labelled:
         labels_R = require_labels(rows, labelled, "")
-    keep_R = None if bool(rows.mask_R.all()) else rows.mask_R
+    take = _zero if torch.compiler.is_compiling() and not across_rows else _drop
+    every_row_counts = take is _drop and bool(rows.mask_R.all())
+
+    def taken(x_R: Tensor) -> Tensor:
+        return x_R if every_row_counts else take(x_R, rows.mask_R)
+
     changes: dict[str, Any] = {"lengths": None}
     for field in dataclasses.fields(targets):
         # The ids of control tokens are shared by all positions.
@@ -101,14 +111,14 @@ def counted_positions(rows: Rows, *, labelled: str | None = None) -> Positions:
             continue
         value = getattr(targets, field.name)
         if isinstance(value, Tensor):
-            changes[field.name] = _take(value, rows, keep_R, field.name)
+            changes[field.name] = taken(_flat(value, rows, field.name))
         elif field.name == "lse_at":
             changes[field.name] = {
-                t: _take(x, rows, keep_R, f"lse_at[{t}]") for t, x in value.items()
+                t: taken(_flat(x, rows, f"lse_at[{t}]")) for t, x in value.items()
             }
     return Positions(
-        rows.student_RV if keep_R is None else rows.student_RV[keep_R],
-        labels_R if keep_R is None or labels_R is None else labels_R[keep_R],
+        taken(rows.student_RV),
+        None if labels_R is None else taken(labels_R),
         dataclasses.replace(targets, **changes),
         rows,
     )
@@ -149,7 +159,15 @@ def tempered_logprobs(
     return (logprobs + lse_N.to(logprobs.dtype)) / temperature - lse_at_N.to(logprobs.dtype)
 
 
-def _take(x: Tensor, rows: Rows, keep_R: Tensor | None, name: str) -> Tensor:
+def _drop(x_R: Tensor, mask_R: Tensor) -> Tensor:
+    return x_R[mask_R]
+
+
+def _zero(x_R: Tensor, mask_R: Tensor) -> Tensor:
+    return x_R.masked_fill(~mask_R.reshape(-1, *[1] * (x_R.ndim - 1)), 0)
+
+
+def _flat(x: Tensor, rows: Rows, name: str) -> Tensor:
     dims = len(rows.leading)
     if x.shape[:dims] != rows.leading:
         raise TargetsError(
@@ -158,8 +176,7 @@ def _take(x: Tensor, rows: Rows, keep_R: Tensor | None, name: str) -> Tensor:
             got=f"{name} {list(x.shape)}",
             expected=f"{list(rows.leading)} first, the leading shape of student_logits",
         )
-    flat = x.reshape(rows.mask_R.numel(), *x.shape[dims:])
-    return flat if keep_R is None else flat[keep_R]
+    return x.reshape(rows.mask_R.numel(), *x.shape[dims:])
 
 
 def exact_head(targets: ThresholdTargets) -> TopKTargets:

@@ -104,7 +104,9 @@ def topkd(
         contrastive_weight = 1.0 if dense else 0.0
     _check_options(targets, k, rank_weights, contrastive_weight)
     at = counted_positions(
-        align(student_logits, targets, labels, mask, upcast=dense), labelled="topkd"
+        align(student_logits, targets, labels, mask, upcast=dense),
+        labelled="topkd",
+        across_rows=contrastive_weight != 0,
     )
     if rank_weights is None:
         rank_weights = torch.linspace(1.5, 1.0, k, dtype=torch.float64)

@@ -6,6 +6,7 @@ Letters: B samples, T positions, V vocabulary, K kept ids.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import torch
 from torch import Tensor
@@ -171,3 +172,26 @@ def assert_gradient_checks(function, targets: Targets, labels: Tensor, **options
     assert torch.autograd.gradcheck(
         lambda z: function(z, targets, labels=labels, **options), (student,), atol=1e-7
     )
+
+
+def assert_compiles(function, targets: Targets, labels: Tensor, **options) -> None:
+    """One graph under torch.compile, and masked rows still may hold anything."""
+    student = random_logits(9, B, T, V)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, 1] = mask[2, 3] = False
+    value, gradient = value_and_gradient(
+        function, student, targets, labels=labels, mask=mask, **options
+    )
+    student[0, 1], student[2, 3] = torch.nan, torch.inf
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda z, m: function(z, targets, labels=labels, mask=m, **options),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    with warnings.catch_warnings():
+        # The compiler instantiates custom autograd functions itself, and warns about that.
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+        got, got_gradient = value_and_gradient(compiled, student, mask)
+    torch.testing.assert_close(got, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got_gradient, gradient, rtol=1e-9, atol=1e-14)

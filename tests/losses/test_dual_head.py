@@ -253,3 +253,8 @@ def test_alignment_guards():
     torch.testing.assert_close(only_kd.grad, torch.ones(2))
     with pytest.raises(UsageError):
         gradient_alignment(shared.sum(), shared.sum(), [frozen])
+
+
+def test_compiles_into_one_graph():
+    labels = laws.some_labels()
+    laws.assert_compiles(dual_head, laws.topk_targets(labels), labels, missing="one_sided")

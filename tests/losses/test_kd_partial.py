@@ -340,3 +340,8 @@ def test_refusals():
     with pytest.raises(TargetsError) as refusal:
         kd_partial(zs, bare, labels=torch.tensor([0, -100, 1]), mask=torch.ones(3).bool())
     assert refusal.value.kind == "label-missing"
+
+
+def test_compiles_into_one_graph():
+    labels = laws.some_labels()
+    laws.assert_compiles(kd_partial, laws.topk_targets(labels), labels)

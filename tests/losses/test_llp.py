@@ -188,3 +188,8 @@ def test_refusals():
     with pytest.raises(TargetsError) as refusal:
         llp_rank(random_logits(1, laws.B, laws.T, laws.V), laws.dense_targets())
     assert refusal.value.kind == "targets-mismatch"
+
+
+@pytest.mark.parametrize("loss", [llp_rank, llp_distribution])
+def test_compiles_into_one_graph(loss):
+    laws.assert_compiles(loss, laws.scores_targets(), laws.some_labels())

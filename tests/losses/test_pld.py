@@ -211,3 +211,8 @@ def test_refusals():
     with pytest.raises(TargetsError) as refusal:
         pld(zs, bare, labels=torch.full((3,), -100))
     assert refusal.value.kind == "empty-mask"
+
+
+def test_compiles_into_one_graph():
+    labels = laws.some_labels()
+    laws.assert_compiles(pld, laws.topk_targets(labels), labels)

@@ -265,3 +265,8 @@ def test_refusals():
     with pytest.raises(TargetsError) as refusal:
         topkd(zs, dense)
     assert refusal.value.kind == "label-missing"
+
+
+def test_compiles_into_one_graph():
+    labels = laws.some_labels()
+    laws.assert_compiles(topkd, laws.topk_targets(labels), labels, k=3)

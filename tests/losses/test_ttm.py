@@ -241,3 +241,8 @@ def test_refusals():
     with pytest.raises(TargetsError) as refusal:
         ttm(zs, laws.threshold_targets(laws.some_labels()), gamma=0.5)
     assert refusal.value.kind == "targets-mismatch"
+
+
+def test_compiles_into_one_graph():
+    labels = laws.some_labels()
+    laws.assert_compiles(wttm, laws.topk_targets(labels), labels, gamma=0.5)
