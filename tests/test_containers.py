@@ -375,6 +375,17 @@ class TestZarr(ContainerContract):
             with pytest.raises(FormatError, match="multiples"):
                 self.shard(schema, [Record(schema, arrays)])
 
+    def test_a_directory_that_points_elsewhere_is_refused(self) -> None:
+        schema = SCHEMAS["fixed-k"]
+        data, commit, head = self.shard(schema, [random_record(schema, [8, 8], seed=25)] * 2)
+        directory = data.rindex(b"ids/c/1/0/0") - 46
+        (offset,) = struct.unpack_from("<I", data, directory + 42)
+        for wrong in (offset + 1, commit.chunks[0].offset, commit.chunks[1].offset):
+            hostile = bytearray(data)
+            struct.pack_into("<I", hostile, directory + 42, wrong)
+            with pytest.raises(FormatError, match="where it belongs"):
+                container("zarr").validate_object(io.BytesIO(hostile), head, commit)
+
     def test_codecs_outside_the_list_are_named(self) -> None:
         schema = SCHEMAS["fixed-k"]
         data, commit, head = self.shard(schema, [random_record(schema, [30, 5], seed=19)])
@@ -478,6 +489,16 @@ class TestArrow(ContainerContract):
             part = stream.getvalue()[batch.schema.serialize().size : -8]
             with pytest.raises(FormatError, match="compressed"):
                 container("arrow").decode(part, head, recommitted(commit, 0, part), 0)
+
+    def test_a_footer_that_points_elsewhere_is_refused(self) -> None:
+        schema = SCHEMAS["fixed-k"]
+        records = [random_record(schema, [8, 8], seed=i) for i in range(2)]
+        data, commit, head = self.shard(schema, records)
+        first, second = (struct.pack("<q", row.offset) for row in commit.chunks)
+        footer = data.rindex(second)
+        swapped = data[:footer] + first + data[footer + 8 :]
+        with pytest.raises(FormatError, match="footer"):
+            container("arrow").validate_object(io.BytesIO(swapped), head, commit)
 
     def test_an_offset_that_points_outside_is_refused(self) -> None:
         schema = SCHEMAS["fixed-k"]

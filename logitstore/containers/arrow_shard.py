@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from logitstore.containers.arrow_message import refuse_compression
+from logitstore.containers.arrow_message import record_batch_ranges, refuse_compression
 from logitstore.containers.protocol import (
     ShardSummary,
     check_chunk,
@@ -87,7 +87,7 @@ class ArrowContainer:
         return record
 
     def validate_object(self, file: BinaryIO, header: Header, commit: Commit) -> None:
-        """See `Container.validate_object`: schema and number of batches of the IPC file."""
+        """See `Container.validate_object`: schema and list of batches of the IPC file."""
         where = commit.object.name
         try:
             reader = pa.ipc.open_file(file)
@@ -101,12 +101,16 @@ class ArrowContainer:
                 got=reader.schema.to_string(),
                 expected=expected.to_string(),
             )
-        if reader.num_record_batches != len(commit.chunks):
+        try:
+            ranges = record_batch_ranges(file)
+        except (struct.error, ValueError) as error:
+            raise malformed(where, f"no valid footer: {error}") from None
+        if ranges != [(row.offset, row.bytes) for row in commit.chunks]:
             raise malformed(
                 where,
-                "another number of record batches",
-                got=reader.num_record_batches,
-                expected=len(commit.chunks),
+                "footer does not list the chunks",
+                got=f"{len(ranges)} record batches",
+                expected=f"{len(commit.chunks)}, where the chunk table has them",
             )
 
 

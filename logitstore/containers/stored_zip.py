@@ -16,7 +16,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MAX_ENTRY_BYTES", "Entry", "central_directory", "local_entry", "split_entries"]
+__all__ = [
+    "MAX_ENTRY_BYTES",
+    "Entry",
+    "central_directory",
+    "local_entry",
+    "local_entry_bytes",
+    "split_entries",
+]
 
 # Larger entries would need the zip64 form of the local header.
 MAX_ENTRY_BYTES = 0xFFFF_FFFE
@@ -51,6 +58,11 @@ def local_entry(name: str, data: bytes, offset: int) -> tuple[bytes, Entry]:
         raise ValueError(f"{name} has {len(data)} bytes; an entry holds at most {MAX_ENTRY_BYTES}")
     crc = zlib.crc32(data)
     return _local_header(name, crc, len(data)) + data, Entry(name, offset, len(data), crc)
+
+
+def local_entry_bytes(name: str, size: int) -> int:
+    """Length of what `local_entry` makes of `size` bytes."""
+    return _LOCAL.size + len(name.encode()) + size
 
 
 def split_entries(data: memoryview, names: Sequence[str]) -> list[memoryview]:

@@ -26,7 +26,13 @@ from logitstore.containers.protocol import (
     crc32c,
     malformed,
 )
-from logitstore.containers.stored_zip import Entry, central_directory, local_entry, split_entries
+from logitstore.containers.stored_zip import (
+    Entry,
+    central_directory,
+    local_entry,
+    local_entry_bytes,
+    split_entries,
+)
 from logitstore.containers.zarr_layout import (
     ALLOWED_CODECS,
     StoredArray,
@@ -110,15 +116,20 @@ class ZarrContainer:
                     got=f"{len(entries)} entries",
                     expected=f"{len(expected)}",
                 )
+            end = 0
             for entry in entries:
+                # A directory could as well point into the middle of another entry.
+                if not end == entry.header_offset == offsets.get(entry.filename, end):
+                    raise malformed(where, f"entry {entry.filename} is not where it belongs")
+                end += local_entry_bytes(entry.filename, entry.file_size)
                 plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits
                 if not plain or entry.file_size != entry.compress_size:
                     raise malformed(where, f"entry {entry.filename} is not plainly stored")
-                if entry.header_offset != offsets.get(entry.filename, entry.header_offset):
-                    raise malformed(where, f"entry {entry.filename} is not where its chunk starts")
                 metadata_json = expected[entry.filename]
                 if metadata_json is not None:
                     _check_metadata(archive, entry, metadata_json, where)
+            if archive.start_dir != end:
+                raise malformed(where, "bytes between the last entry and the directory")
 
 
 @dataclass(frozen=True)
