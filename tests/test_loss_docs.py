@@ -1,0 +1,56 @@
+"""The pages of the losses: complete, in step with the code, and their examples run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from logitstore import losses
+from tests.source_tree import REPOSITORY
+
+PAGES = REPOSITORY / "docs" / "losses"
+HEADINGS = {"Formula", "What it needs from the store", "Cost", "Example", "Source"}
+# Pages that are no loss's own: the index, the concept, and collections.
+COLLECTIONS = {"index", "missing", "metrics"}
+ALL_PAGES = sorted(PAGES.glob("*.md"))
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def test_the_index_is_what_the_generator_writes():
+    written = runpy.run_path(str(REPOSITORY / "docs" / "list_losses.py"))["index_text"]()
+    assert (PAGES / "index.md").read_text(encoding="utf-8") == written, (
+        "run: python docs/list_losses.py"
+    )
+
+
+@pytest.mark.parametrize("name", sorted({*losses.LOSSES, "fused_linear_kd"}))
+def test_every_loss_has_a_page(name):
+    title = (PAGES / f"{name}.md").read_text(encoding="utf-8").split("\n", 1)[0]
+    assert re.match(rf"# `?{name}\b", title)
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda p: p.stem)
+def test_pages_are_complete_and_their_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    if page.stem not in COLLECTIONS:
+        headings = set(re.findall(r"^## (.+)$", text, re.M))
+        assert headings >= HEADINGS
+        assert any(heading.startswith("Traps") for heading in headings)
+        assert python_blocks(page)
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [p for p in ALL_PAGES if python_blocks(p)], ids=lambda p: p.stem)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in python_blocks(page):
+        torch.manual_seed(0)
+        exec(compile(block, str(page), "exec"), {"__name__": "example"})
