@@ -53,6 +53,11 @@ class Output:
             rest = [value.rjust(width) for value, width in zip(row[1:], widths[1:], strict=True)]
             click.echo("  ".join([first, *rest]).rstrip())
 
+    @staticmethod
+    def printable(text: str) -> str:
+        """Text of a store for a terminal: control characters, such as escapes, shown as codes."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
     def note(self, text: str) -> None:
         """Tell what happens, on stderr; silent with `--quiet`."""
         if not self.quiet:
