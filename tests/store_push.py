@@ -33,6 +33,9 @@ from logitstore.spec.signals import parse_signal
 from logitstore.spec.tokenizer_table import TOKENIZER_TABLE, TokenizerTable
 from logitstore.store import steps
 
+# Where tests that flush thousands of times keep their stores: in memory, where that can be had.
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
 VOCAB = 97
 K = 4
 TABLE = TokenizerTable(

@@ -13,10 +13,12 @@ import pytest
 
 from logitstore import store
 from logitstore.record.new_header import new_header
+from logitstore.record.statistics import merge
 from logitstore.spec.header import TeacherInfo
 from logitstore.spec.signals import parse_signal
 from logitstore_cli.main import run
 from tests import store_push
+from tests.shard_records import random_record
 
 
 @pytest.fixture
@@ -98,6 +100,43 @@ def test_text_of_a_store_cannot_drive_the_terminal(tmp_path, tell):
     assert code == 0
     assert "\x1b" not in told
     assert "evil\\x1b[2J\\x07" in told
+
+
+@pytest.mark.parametrize(
+    ("signal", "value"),
+    [
+        ("topk:5,p=0.9", "probability"),
+        ("dense", "logit"),
+        ("sampled:20", "share of draws"),
+        ("threshold:tau=1/10", "head probability"),
+        ("scores:3", "score"),
+        ("graph:k=2", None),
+        ("graph:k=2,form=vocab", None),
+    ],
+)
+def test_inspect_decodes_every_signal(signal, value, tmp_path, tell):
+    header = new_header(
+        parse_signal(signal), vocab_size=97, configuration={}, teacher=TeacherInfo(name="numpy")
+    )
+    record = random_record(header.schema_, [5, 7], seed=1, vocab_size=97)
+    with store.create(tmp_path / "st", header) as writer:
+        planned = writer.add_push_plan()
+        with writer.begin("0001-000000", planned) as attempt:
+            attempt.add(record)
+            attempt.commit(statistics=merge([]))
+    code, told, _ = tell("inspect", tmp_path / "st", "--sample", 1)
+    assert code == 0
+    assert "sample 1" in told
+    code, told, _ = tell("inspect", tmp_path / "st", "--sample", 1, "--json")
+    sample = json.loads(told)["sample"]
+    assert (code, sample["kept_value"], len(sample["rows"])) == (0, value, 7)
+    read = store.open(tmp_path / "st").sample(1)
+    for position, row in enumerate(sample["rows"]):
+        assert row["text"] == str(read["tokens"][position])
+        for group, ids in (("ids", "ids"), ("heads", "head_ids")):
+            if header.schema_.group(group):
+                start, stop = read.group_offsets(group)[position : position + 2]
+                assert {e["id"] for e in row["kept"]} == set(read[ids][start:stop].tolist())
 
 
 def test_commands_load_no_torch(sealed):

@@ -73,8 +73,7 @@ def reference(tmp_path, container) -> dict[str, str]:
 @pytest.fixture
 def memory_path() -> Iterator[Path]:
     """A folder in memory where there is one: these tests flush thousands of times."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory, prefix="logitstore-test-") as folder:
+    with tempfile.TemporaryDirectory(dir=store_push.MEMORY, prefix="logitstore-test-") as folder:
         yield Path(folder)
 
 
