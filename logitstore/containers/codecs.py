@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from pcodec import ChunkConfig, standalone
 
 __all__ = [
-    "PCO_LEVEL",
     "ZSTD_LEVEL",
     "from_steps",
     "pco_chunks",
@@ -34,21 +33,21 @@ __all__ = [
     "zstd_encode",
 ]
 
-PCO_LEVEL = 8
 ZSTD_LEVEL = 3
 
-_PCO_CONFIG = ChunkConfig(compression_level=PCO_LEVEL)
 _PCO_MAGIC = b"pco!\x02"
 _PCO_WRAPPED_VERSION = b"\x03"
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-def pco_chunks(values: NDArray[Any]) -> bytes:
+def pco_chunks(values: NDArray[Any], level: int) -> bytes:
     """Chunks of a pco file that holds the one-dimensional values; empty for none."""
     if not len(values):
         return b""
     header = _pco_header(len(values))
-    file = standalone.simple_compress(np.ascontiguousarray(values), _PCO_CONFIG)
+    file = standalone.simple_compress(
+        np.ascontiguousarray(values), ChunkConfig(compression_level=level)
+    )
     assert file.startswith(header), "pcodec writes another file version"
     assert file.endswith(b"\0"), "pcodec writes another file version"
     return bytes(file[len(header) : -1])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Literal
 
-from logitstore.containers.codecs import PCO_LEVEL, ZSTD_LEVEL
+from logitstore.containers.codecs import ZSTD_LEVEL
 from logitstore.spec.commit import Layout
 from logitstore.spec.schema import Group, Schema
 
@@ -56,6 +56,17 @@ class StoredArray:
     def is_pco(self) -> bool:
         """Coded by pco; one-byte types are coded by zstd."""
         return self.stored_dtype not in _ONE_BYTE
+
+    @property
+    def pco_level(self) -> int:
+        """How hard pco tries; readers need not know.
+
+        A tokenizer's ids have no smooth distribution: on real top-64 rows, the finer bins of level
+        11 save 9 % of the ids' bytes over level 8, for 11 ms more a chunk of 2,048 positions. Level
+        12 saves 10 % for 19 ms; elsewhere neither saves anything.
+        """
+        ids = self.role == "column" and self.dtype == "uint32" and self.axis != "sample"
+        return 11 if ids else 8
 
     def size(self, layout: Layout) -> tuple[int, ...]:
         """Padded sizes of one chunk of the array, without the chunk axis."""
@@ -144,7 +155,7 @@ def _codecs(array: StoredArray) -> Iterable[dict[str, Any]]:
             },
         }
     if array.is_pco:
-        yield {"name": "numcodecs.pcodec", "configuration": {"level": PCO_LEVEL}}
+        yield {"name": "numcodecs.pcodec", "configuration": {"level": array.pco_level}}
     else:
         yield {"name": "bytes"}
         yield {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": True}}
