@@ -206,7 +206,7 @@ class _FusedLinear(torch.autograd.Function):
             if bias_V is not None:
                 logits_CV += bias_V
             padded_CV[:, vocab:] = -torch.inf
-            loss_C = _loss_and_gradient(padded_CV, target.take(part), shard, factor)
+            loss_C = _loss_and_gradient(padded_CV, target.take(part), shard)
             total += loss_C.sum()
             grad_CV = logits_CV.to(hidden_CD.dtype)
             if grad_hidden_LD is not None:
@@ -218,16 +218,18 @@ class _FusedLinear(torch.autograd.Function):
                     grad_weight_VD += grad_CV.t() @ hidden_CD
             if grad_bias_V is not None:
                 grad_bias_V += logits_CV.sum(0)
-        grad_hidden_RD = None
         if grad_hidden_LD is not None:
             grad_hidden_LD = shard.sum(grad_hidden_LD)
-            grad_hidden_RD = torch.zeros_like(hidden_RD)
-            grad_hidden_RD[live_L] = grad_hidden_LD.to(hidden_RD.dtype)
-        ctx.save_for_backward(
-            grad_hidden_RD,
-            None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype),
-            None if grad_bias_V is None or bias_V is None else grad_bias_V.to(bias_V.dtype),
-        )
+        kept = []
+        for gradient in (grad_hidden_LD, grad_weight_VD, grad_bias_V):
+            if gradient is not None:
+                # Only now: 1 / count inside a product of float16 would underflow.
+                gradient.mul_(factor)
+                if weight_VD.dtype == torch.bfloat16:
+                    gradient = gradient.bfloat16()
+            kept.append(gradient)
+        ctx.save_for_backward(*kept, live_L)
+        ctx.inputs = hidden_RD.shape, hidden_RD.dtype
         return total * factor
 
     @staticmethod
@@ -238,19 +240,22 @@ class _FusedLinear(torch.autograd.Function):
         # a CPU looking would wait for the device.
         as_is = scale.device.type == "cpu" and float(scale) == 1.0
         kept = graph_is_kept()
+        shape, dtype = ctx.inputs
+        *gradients_now, live_L = ctx.saved_tensors
         results: list[Tensor | None] = []
-        for x in ctx.saved_tensors:
-            if x is None or (as_is and not kept):
-                results.append(x)
-            else:
-                results.append(x * scale.to(x.dtype) if kept else x.mul_(scale.to(x.dtype)))
+        for x in gradients_now:
+            if x is not None and (kept or not as_is):
+                x = x * scale if kept else x.mul_(scale)
+            # float16 waits for the scale of a gradient scaler before it is rounded to.
+            results.append(None if x is None else x.to(dtype))
+        if results[0] is not None:
+            hidden_LD = results[0]
+            results[0] = hidden_LD.new_zeros(shape).index_copy_(0, live_L, hidden_LD)
         return (*results, None, None, None, None, None)
 
 
-def _loss_and_gradient(
-    padded_CV: Tensor, target: SparseTarget, shard: VocabularyShard, factor: float
-) -> Tensor:
-    """Loss [C] of logits [C, V + 16], which become factor times their gradient."""
+def _loss_and_gradient(padded_CV: Tensor, target: SparseTarget, shard: VocabularyShard) -> Tensor:
+    """Loss [C] of logits [C, V + 16], which become their gradient."""
     num_rows, width = padded_CV.shape
     num_excluded = target.num_excluded
     local_CU = shard.local(target.ids)
@@ -288,7 +293,7 @@ def _loss_and_gradient(
         student.log_tail,
         num_excluded,
         target.vocab_size,
-        factor,
+        1.0,
     )
     # The softmax of this rank's columns alone, on the scale of all ranks'.
     gradient.scale_R = gradient.scale_R * (log_here_C - log_outside_C).exp().nan_to_num(0.0)

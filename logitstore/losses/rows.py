@@ -106,7 +106,9 @@ def kept_rows(rows: Rows, name: str, temperature: float = 1.0) -> KeptRows:
             "targets-mismatch", f"{name} needs exact log-probs of some ids", got=targets.signal
         )
     if targets.always_ids is not None:
-        kept = _merge_always(kept, *_always_rows(rows, kept.logprobs.dtype))
+        # A top-K tail still holds the always-ids; a threshold tail was taken from the other ids.
+        in_tail = isinstance(targets, TopKTargets)
+        kept = _merge_always(kept, *_always_rows(rows, kept.logprobs.dtype), in_tail=in_tail)
     if temperature != 1.0:
         kept = _softened(kept, targets, name, temperature)
     mask_R1 = rows.mask_R[:, None]
@@ -232,13 +234,15 @@ def _head_rows(rows: Rows, targets: ThresholdTargets) -> KeptRows:
     )
 
 
-def _merge_always(kept: KeptRows, ids_RA: Tensor, logprobs_RA: Tensor) -> KeptRows:
+def _merge_always(
+    kept: KeptRows, ids_RA: Tensor, logprobs_RA: Tensor, *, in_tail: bool
+) -> KeptRows:
     """Always-ids that the list lacks are appended and leave the tail; those it holds stay where
     they are."""
     known_RA = (ids_RA[:, :, None] == kept.ids[:, None, :]).any(-1)
     logprobs_RA = logprobs_RA.masked_fill(known_RA, -torch.inf)
     log_tail_R = kept.log_tail
-    if log_tail_R is not None:
+    if log_tail_R is not None and in_tail:
         # log(r - extra) = log r + log(1 - extra / r); rounding of stored values can leave less than
         # nothing.
         share_R = (torch.logsumexp(logprobs_RA, -1) - log_tail_R).exp().nan_to_num(nan=1.0)

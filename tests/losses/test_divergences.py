@@ -181,6 +181,28 @@ def test_threshold_targets_use_their_exact_head():
             torch.testing.assert_close(got[row : row + 1], want)
 
 
+def test_always_ids_beside_a_threshold_head_are_not_part_of_its_tail():
+    zt, zs = random_logits(0, 1, 8), random_logits(1, 1, 8)
+    p, q = log_softmax64(zt).exp()[0], log_softmax64(zs).exp()[0]
+    always = torch.tensor([2, 5])
+    head = [int(i) for i in p.argsort(descending=True) if i not in (2, 5)][:2]
+    known = torch.tensor([*head, 2, 5])
+    r, s = 1 - p[known].sum(), 1 - q[known].sum()
+    tail_id = next(i for i in range(8) if i not in known)
+    targets = ThresholdTargets(
+        vocab_size=8,
+        ids=torch.tensor([*head, tail_id]),
+        weights=torch.stack([p[head[0]], p[head[1]], r]),
+        num_ids=torch.tensor([3]),
+        num_heads=torch.tensor([2]),
+        log_tail=r.log()[None],
+        always_ids=always,
+        always_logprobs=p[always].log()[None],
+    )
+    want = 0.5 * ((p[known] - q[known]).abs().sum() + (r - s).abs())
+    torch.testing.assert_close(tvd(zs, targets), want)
+
+
 def test_refusals():
     zs = random_logits(0, 2, 6)
     sampled = SampledTargets.from_counts(

@@ -149,6 +149,20 @@ def test_bfloat16_keeps_float32_sums(autocast):
         assert (got.double() - exact).abs().max() <= 0.02 * exact.abs().max()
 
 
+def test_float16_gradients_wait_for_the_gradient_scaler():
+    """1 / count and a flat student underflow in float16; a scaled loss must still get through."""
+    hidden, weight, _, zt, labels, _ = make_case(5, leading=(16, 64))
+    targets = make_targets("topk", zt.float())
+    scale = 2.0**16
+
+    def scaled(h, w):
+        return scale * fused_linear_kd(1e-3 * h, w, targets, labels)
+
+    _, (_, got) = gradients(scaled, hidden.half(), weight.half())
+    _, (_, want) = gradients(scaled, hidden.half().double(), weight.half().double())
+    torch.testing.assert_close(got.double(), want, rtol=0.03, atol=1e-3 * float(want.abs().max()))
+
+
 def test_rows_that_do_not_count_do_not_matter_even_as_nan():
     hidden, weight, _, zt, labels, mask = make_case(1)
     targets = make_targets("topk", zt)
