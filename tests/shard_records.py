@@ -14,7 +14,7 @@ from logitstore.spec.commit import Commit, ObjectRef
 from logitstore.spec.document import canonical_json, sha256_hex
 from logitstore.spec.header import Header, Software, TeacherInfo
 from logitstore.spec.schema import Column, Group, Schema
-from logitstore.spec.signals import TopKSpec
+from logitstore.spec.signals import ThresholdSpec, TopKSpec
 from logitstore.spec.statistics import Statistics
 
 STORE_UUID = "0123456789abcdef0123456789abcdef"
@@ -69,6 +69,12 @@ SCHEMAS: dict[str, Schema] = {
             Group(name="heads", owner="position"),
             Group(name="tail", owner="position", id_column="tail_ids", pairs="tail_pairs"),
         ),
+    ),
+    "threshold-signal": build_schema(
+        ThresholdSpec(tau="1/40"),
+        vocab_size=1000,
+        sample_kind="classification",
+        aux=("label_logprob",),
     ),
     "every-type": _sequence(
         Column(name="flags", dtype="bool", axis="position", inner=(3,)),

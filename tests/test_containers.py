@@ -258,6 +258,9 @@ class ContainerContract:
             validate(io.BytesIO(data), header(SCHEMAS["sampled"], container=self.name), commit)
         with pytest.raises(FormatError, match="chunk-malformed"):
             validate(io.BytesIO(data[:-30]), head, commit)
+        for size in range(0, len(data), 4096):
+            with pytest.raises(FormatError, match="chunk-malformed"):
+                validate(io.BytesIO(data[:size]), head, commit)
         other, _, _ = self.shard(schema, [*records, records[0]])
         with pytest.raises(FormatError, match="chunk-malformed"):
             validate(io.BytesIO(other), head, commit)
