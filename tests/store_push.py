@@ -8,6 +8,7 @@ step is printed as it happens, and every shard when its commit was reported.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -35,6 +36,19 @@ from logitstore.store import steps
 
 # Where tests that flush thousands of times keep their stores: in memory, where that can be had.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+# Children are forked from a server that has only imported what they need: quick, and free of the
+# threads of other tests. One list for all, since there is one such server.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    [
+        "tests.test_store_writing",
+        "tests.test_store_concurrency",
+        "logitstore.containers.zarr_shard",
+        "logitstore.containers.arrow_shard",
+        "pyarrow.ipc",
+    ]
+)
 
 VOCAB = 97
 K = 4

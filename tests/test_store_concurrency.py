@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -18,12 +17,8 @@ import pytest
 from logitstore import store
 from logitstore.spec.errors import CommitError
 from tests import store_push
+from tests.store_push import PROCESSES
 from tests.store_report import report
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["tests.test_store_concurrency", "logitstore.containers.zarr_shard"]
-)
 
 SHARDS = 60
 

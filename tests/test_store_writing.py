@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import re
 import shutil
@@ -26,19 +25,8 @@ from logitstore.spec.errors import CommitError, NotFoundError, StorageError
 from logitstore.store import local, steps
 from logitstore.store.local import LocalBackend
 from tests import store_push
+from tests.store_push import PROCESSES
 from tests.store_report import report
-
-# Children are forked from a server that has only imported what they need: quick, and free of the
-# threads of other tests.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [
-        "tests.test_store_writing",
-        "logitstore.containers.zarr_shard",
-        "logitstore.containers.arrow_shard",
-        "pyarrow.ipc",
-    ]
-)
 
 SHARDS = 2
 
