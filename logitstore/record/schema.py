@@ -57,6 +57,10 @@ def _topk(spec: TopKSpec, vocab_size: int) -> _Layout:
         columns.insert(0, Column(name="num_ids", dtype="uint16", axis="position"))
         groups.append(Group(name="ids", owner="position"))
     defaults = ("label_logprob", "label_rank", "entropy", "log_tail", "lse")
+    if step is not None:
+        # Most of what rounding to 1/16 nat costs is the largest probability, off by up to 3 %: 1.6
+        # bytes a token keep it exact.
+        return columns, groups, (*defaults, "top1_logprob"), frozenset()
     # the first stored log-prob is the top-1
     return columns, groups, defaults, frozenset({"top1_logprob"})
 

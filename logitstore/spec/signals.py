@@ -58,6 +58,7 @@ class TopKSpec(Strict):
     kind: Literal["topk"] = "topk"
     k: Annotated[int, Field(ge=1, le=MAX_IDS)]
     p: Annotated[float, Field(gt=0, le=1)] | None = None
+    # q8: log-probs in steps of 1/16 nat, one byte, within 1/32; the largest exact in top1_logprob.
     coding: Literal["f16", "q8"] = "f16"
 
     def __str__(self) -> str:

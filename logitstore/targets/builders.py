@@ -92,13 +92,18 @@ def scores(record: Record, header: Header, common: Common) -> ScoresTargets:
 
 
 def topk(record: Record, header: Header, common: Common) -> TopKTargets:
-    """ids and log-probs; a nucleus record is padded to its longest position."""
+    """ids and log-probs; a nucleus record is padded to its longest position.
+
+    Where the top-1 log-prob is stored beside log-probs in steps, it replaces the first of them.
+    """
     ids, logprobs = as_int64(record["ids"]), as_float32(record["logprobs"])
     if "num_ids" in record:
         counts = as_int64(record["num_ids"])
         width = int(counts.max()) if counts.numel() else 1
         ids = pad_rows(ids, counts, width, PAD_ID)
         logprobs = pad_rows(logprobs, counts, width, -torch.inf)
+    if "top1_logprob" in record and len(logprobs):
+        logprobs[:, 0] = as_float32(record["top1_logprob"])
     log_tail = as_float32(record["log_tail"]) if "log_tail" in record else None
     return TopKTargets(ids=ids, logprobs=logprobs, log_tail=log_tail, **common)
 

@@ -135,6 +135,24 @@ def test_q8_error_stays_inside_half_a_step() -> None:
     assert np.all(coarse * 16 == np.round(coarse * 16))
 
 
+@pytest.mark.parametrize("signal", ["topk:32,coding=q8", "topk:32,p=0.9,coding=q8"])
+def test_q8_keeps_the_largest_probability_exact(signal: str) -> None:
+    logits = torch.randn(P, V, generator=torch.Generator().manual_seed(1)) * 3
+    header = make_header(signal, sample_kind="classification")
+    arrays = {
+        "sample_lengths": np.array([P], np.uint32),
+        "num_sample_key": np.array([1], np.uint16),
+        "sample_key": np.frombuffer(b"s", np.uint8),
+        "label": np.zeros(P, header.schema_.column("label").dtype),
+        **encode(header, logits),
+    }
+    targets = from_records([Record(header.schema_, arrays)], header)
+    logprobs = torch.log_softmax(logits.double(), -1).sort(descending=True).values
+    off = (targets.logprobs.double() - logprobs[:, : targets.logprobs.shape[1]]).abs()
+    assert off[:, 0].max() <= 2e-3
+    assert off[:, 1:][targets.ids[:, 1:] >= 0].max() <= 1 / 32 + 2e-3
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_row_that_is_no_distribution_is_named(bad: float) -> None:
     logits = torch.zeros(9, V)
