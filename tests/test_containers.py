@@ -22,11 +22,12 @@ from pcodec import ChunkConfig, standalone
 
 from logitstore.containers import CONTAINERS, container
 from logitstore.containers.protocol import crc32c
-from logitstore.record import Record
+from logitstore.record import Record, build_schema
 from logitstore.spec.commit import Commit
 from logitstore.spec.errors import FormatError, IntegrityError, UsageError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
+from logitstore.spec.signals import DenseSpec
 from tests.shard_records import SCHEMAS, header, random_record, write_shard
 
 chunk_lengths = st.lists(
@@ -183,6 +184,17 @@ class ContainerContract:
             writer.add(random_record(SCHEMAS["sampled"], [4], seed=0))
         with pytest.raises(FormatError, match="at least one sample"):
             writer.add(random_record(schema, [], seed=0))
+
+    def test_refuses_chunks_too_large_before_anything_is_captured(self) -> None:
+        schema = build_schema(
+            DenseSpec(dtype="float32"), vocab_size=262_144, sample_kind="sequence", aux=()
+        )
+        kind = container(self.name)
+        small = header(schema, container=self.name, vocab_size=262_144, chunk_positions=1024)
+        kind.writer(io.BytesIO(), small)
+        large = header(schema, container=self.name, vocab_size=262_144, chunk_positions=1025)
+        with pytest.raises(UsageError, match="at most 1024 positions"):
+            kind.writer(io.BytesIO(), large)
 
     def test_every_flipped_bit_of_a_chunk_is_noticed(self) -> None:
         schema = SCHEMAS["sampled"]

@@ -23,6 +23,7 @@ from logitstore.containers.arrow_message import record_batch_ranges, refuse_comp
 from logitstore.containers.protocol import (
     ShardSummary,
     check_chunk,
+    check_header,
     check_record,
     column_set,
     crc32c,
@@ -116,6 +117,7 @@ class ArrowContainer:
 
 class _Writer:
     def __init__(self, file: BinaryIO, header: Header) -> None:
+        check_header(header)
         self._header = header
         self._sink = _Sink(file)
         self._schema = _arrow_schema(header.schema_)

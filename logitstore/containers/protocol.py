@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 
 from logitstore.record.record import Record, columns_needed
 from logitstore.spec.commit import ChunkRow, Commit, Layout
-from logitstore.spec.errors import FormatError, IntegrityError
+from logitstore.spec.errors import FormatError, IntegrityError, UsageError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
 
@@ -21,6 +22,7 @@ __all__ = [
     "ShardSummary",
     "ShardWriter",
     "check_chunk",
+    "check_header",
     "check_record",
     "column_set",
     "crc32c",
@@ -70,7 +72,10 @@ class Container(Protocol):
     suffix: str
 
     def writer(self, file: BinaryIO, header: Header) -> ShardWriter:
-        """A writer to `file`, which must be at offset 0. It only appends: no seek, no read."""
+        """A writer to `file`, which must be at offset 0. It only appends: no seek, no read.
+
+        Raises: UsageError bad-argument when a full chunk would exceed `MAX_ARRAY_BYTES`.
+        """
 
     def decode(
         self,
@@ -159,6 +164,25 @@ def column_set(schema: Schema, columns: Collection[str] | None) -> set[str]:
     if columns is None:
         return {c.name for c in schema.columns}
     return columns_needed(schema, columns)
+
+
+def check_header(header: Header) -> None:
+    """Refuses a store whose full chunk would be too large, before a teacher works for it.
+
+    Raises: UsageError bad-argument.
+    """
+    for column in header.schema_.columns:
+        if column.axis != "position":
+            continue
+        position_bytes = math.prod(column.inner) * np.dtype(column.dtype).itemsize
+        if position_bytes * header.chunk_positions > MAX_ARRAY_BYTES:
+            raise UsageError(
+                "bad-argument",
+                f"column {column.name} is too large for chunks of this many positions",
+                where="chunk_positions",
+                got=f"{header.chunk_positions} positions of {position_bytes} bytes",
+                expected=f"at most {MAX_ARRAY_BYTES // position_bytes} positions",
+            )
 
 
 def check_record(record: Record, schema: Schema) -> None:

@@ -21,6 +21,7 @@ from logitstore.containers.protocol import (
     MAX_ARRAY_BYTES,
     ShardSummary,
     check_chunk,
+    check_header,
     check_record,
     column_set,
     crc32c,
@@ -150,6 +151,7 @@ class _PendingChunk:
 
 class _Writer:
     def __init__(self, file: BinaryIO, header: Header) -> None:
+        check_header(header)
         self._file = file
         self._header = header
         self._chunks: list[_PendingChunk] = []
