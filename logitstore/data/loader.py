@@ -61,7 +61,7 @@ class Loader(DataLoader[Batch]):
         self._own_snapshot = dataset.store.snapshot
         self._place = self._beginning(dataset.epoch)
         self._loaded = False
-        self._fixed: tuple[_Place, dict[str, Any]] | None = None
+        self._packed: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         place = self._beginning(self.source.epoch)
@@ -112,6 +112,7 @@ class Loader(DataLoader[Batch]):
             consumed = 0
         self._place = _Place(parsed.epoch, snapshot, intervals, consumed)
         self._loaded = True
+        self._packed = None
         dataset.set_epoch(parsed.epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -152,8 +153,8 @@ class Loader(DataLoader[Batch]):
 
     def _state(self, place: _Place) -> dict[str, Any]:
         # All but `consumed` is the same from batch to batch, and a snapshot takes time to pack.
-        stretch = dataclasses.replace(place, consumed=0)
-        if self._fixed is None or self._fixed[0] != stretch:
+        stretch = (place.epoch, place.intervals, id(place.snapshot))
+        if self._packed is None or self._packed[0] != stretch:
             state = LoaderState(
                 snapshot=place.snapshot.as_state(),
                 order=json.loads(json.dumps(self.source.order_parameters())),
@@ -162,8 +163,8 @@ class Loader(DataLoader[Batch]):
                 intervals=place.intervals,
                 consumed=0,
             )
-            self._fixed = (stretch, state.model_dump(mode="json"))
-        return {**self._fixed[1], "consumed": place.consumed}
+            self._packed = (stretch, state.model_dump(mode="json"))
+        return {**self._packed[1], "consumed": place.consumed}
 
 
 def loader(
