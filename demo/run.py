@@ -67,7 +67,7 @@ def capture(teacher: Path, corpus: list[Path], out: Path) -> dict[str, Any]:
             "--json",
         )
     )  # fmt: skip
-    if answer["captured_tokens"] or not figures.exists():
+    if not answer["skipped_shards"] or not figures.exists():
         figures.write_text(json.dumps(answer, indent=1))
     return json.loads(figures.read_text())
 
@@ -86,10 +86,10 @@ def report(out: Path, captured: dict[str, Any], stats: dict[str, Any], students:
     """The table, also written to report.md, and the plot."""
     rows = [
         ("captured", f"{stats['positions']:,} tokens with {SIGNAL} in {stats['shards']} shards"),
-        ("capture speed", f"{captured['tokens_per_s']:,.0f} tokens/s"),
+        ("capture speed", f"{captured['tokens'] / captured['seconds']:,.0f} tokens/s"),
         ("stored", f"{stats['bytes_per_position']:.1f} bytes/token"),
-        ("teacher's loss on the labels", f"{stats['nll_mean']:.3f} nats/token"),
-        ("mass kept by the record", f"{stats['kept_mass_mean']:.4f}"),
+        ("teacher's loss on the labels", f"{stats['nll']:.3f} nats/token"),
+        ("mass kept by the record", f"{stats['measures']['kept_mass']['mean']:.4f}"),
     ]
     for loss, student in students.items():
         final = student["validation_curve"][-1][1]
@@ -122,7 +122,7 @@ def plot(path: Path, stats: dict[str, Any], students: dict[str, Any]) -> None:
     for loss, student in students.items():
         steps, values = zip(*student["validation_curve"], strict=True)
         axes.plot(steps, values, marker="o", markersize=4, label=f"student: {LOSSES[loss]}")
-    axes.axhline(stats["nll_mean"], color="0.4", linestyle="--", label="teacher, whole corpus")
+    axes.axhline(stats["nll"], color="0.4", linestyle="--", label="teacher, whole corpus")
     axes.set_xlabel(f"step ({SEQ_LEN} tokens each)")
     axes.set_ylabel("validation loss, nats per token")
     axes.set_title("A student trained from the store, without the teacher")

@@ -28,6 +28,7 @@ COMMANDS = {
     "verify": "Check a store's documents and objects against their checksums.",
     "seal": "Close a finished store and write its index.",
     "gc": "Remove objects that no commit refers to.",
+    "audit": "Run the teacher again on random samples and compare.",
     "convert": "Copy a store with another signal or container, where that is exact.",
 }
 

@@ -1,0 +1,70 @@
+"""`logitstore audit`: run the teacher again on a slice of a store and compare."""
+
+from __future__ import annotations
+
+import click
+
+from logitstore_cli import command as form
+from logitstore_cli.output import Output, pass_output
+
+# An honest store exceeds this once in 16,000 tests.
+_SUSPICIOUS_Z = 4.0
+
+
+@form.command("audit", example="logitstore audit STORE --teacher hf:FOLDER --samples 16")
+@click.argument("store")
+@click.option("--teacher", required=True, help="hf:FOLDER_OR_ID or py:module:function.")
+@click.option("--samples", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which samples.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", default="auto", show_default=True)
+@form.json_option
+@pass_output
+def command(
+    out: Output,
+    store: str,
+    teacher: str,
+    samples: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Run TEACHER over random samples of STORE and report how far its record is from a fresh run.
+
+    Exactly stored log-probs are compared one by one; sampled ids by their hit rates, whose z-score
+    is standard normal for an honest store.
+    """
+    from logitstore.analysis.audit import audit
+    from logitstore.teachers import TeacherOptions
+
+    found = audit(
+        store,
+        teacher,
+        samples=samples,
+        seed=seed,
+        options=TeacherOptions(dtype=dtype, device=device),
+    )
+    if as_json:
+        out.json("audit", found.as_dict())
+        return
+    out.data(f"{found.samples} samples, {found.positions:,} positions run again")
+    rows = []
+    if found.logprobs.count:
+        rows.append(("log-probs", found.logprobs))
+    rows += sorted(found.aux.items())
+    out.table(
+        ["compared", "values", "mean |difference|", "max"],
+        [[name, f"{d.count:,}", f"{d.mean:.2e}", f"{d.largest:.2e}"] for name, d in rows],
+    )
+    if found.hit_rates:
+        out.table(
+            ["drawn ids", "hits", "expected", "z"],
+            [
+                [name, f"{h.hits:,}", f"{h.expected:,.1f}", f"{h.z:+.2f}"]
+                for name, h in found.hit_rates.items()
+            ],
+        )
+    for name, h in found.hit_rates.items():
+        if abs(h.z) > _SUSPICIOUS_Z:
+            out.warn(f"{name}: drawn {h.hits} times where {h.expected:.1f} are expected")

@@ -1,0 +1,293 @@
+"""Audit: run the teacher again on a random slice of a store and compare.
+
+Stored log-probs are compared with fresh ones, id by id. Sampled parts cannot be compared id by id,
+so
+their hit rates are: an id of probability p must be among N draws with probability 1 - (1 - p)^N,
+    the
+most probable tail id of a threshold record with probability p / tau. The z-scores of those counts
+are standard normal for an honest store.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitstore.corpora import Sample
+from logitstore.record.random import uniform
+from logitstore.spec.errors import AlignmentError, UsageError
+from logitstore.store import Store
+from logitstore.store import open as open_store
+from logitstore.targets import (
+    DenseTargets,
+    SampledTargets,
+    Targets,
+    ThresholdTargets,
+    TopKTargets,
+    from_records,
+)
+from logitstore.teachers import Teacher, TeacherOptions, load_teacher
+
+__all__ = ["Audit", "Difference", "HitRate", "audit"]
+
+
+@dataclass
+class Difference:
+    """Differences of one quantity, |stored - fresh|, nats.
+
+    Attributes:
+        count, total, largest: over all compared values.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """0 when nothing was compared."""
+        return self.total / self.count if self.count else 0.0
+
+    def add(self, stored: Tensor, fresh: Tensor) -> None:
+        """Compare values; where both are -inf they agree."""
+        same = stored == fresh
+        delta = (stored.double() - fresh.double()).abs().masked_fill(same, 0.0)
+        self.count += delta.numel()
+        if delta.numel():
+            self.total += float(delta.sum())
+            self.largest = max(self.largest, float(delta.max()))
+
+
+@dataclass
+class HitRate:
+    """How often ids of known probability were drawn.
+
+    Attributes:
+        hits, expected, variance: sums over positions.
+    """
+
+    hits: int = 0
+    expected: float = 0.0
+    variance: float = 0.0
+
+    @property
+    def z(self) -> float:
+        """Standard normal for an honest store."""
+        return (self.hits - self.expected) / math.sqrt(self.variance) if self.variance else 0.0
+
+    def add(self, hit: Tensor, probability: Tensor) -> None:
+        """Count hits of chances."""
+        self.hits += int(hit.sum())
+        self.expected += float(probability.double().sum())
+        self.variance += float((probability.double() * (1 - probability.double())).sum())
+
+
+@dataclass
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        samples, positions: compared.
+        logprobs: of the ids the record holds exactly.
+        aux: field -> difference (entropy, label_logprob, lse, log_tail).
+        hit_rates: test -> hit rate, for sampled parts.
+    """
+
+    samples: int = 0
+    positions: int = 0
+    logprobs: Difference = field(default_factory=Difference)
+    aux: dict[str, Difference] = field(default_factory=dict)
+    hit_rates: dict[str, HitRate] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+
+        def of(d: Difference) -> dict[str, Any]:
+            return {"count": d.count, "mean": d.mean, "max": d.largest}
+
+        return {
+            "samples": self.samples,
+            "positions": self.positions,
+            "logprobs": of(self.logprobs),
+            "aux": {name: of(d) for name, d in self.aux.items()},
+            "hit_rates": {
+                name: {"hits": h.hits, "expected": h.expected, "z": h.z}
+                for name, h in self.hit_rates.items()
+            },
+        }
+
+
+def audit(
+    store: str | os.PathLike[str] | Store,
+    teacher: str | Teacher,
+    *,
+    samples: int = 8,
+    seed: int = 0,
+    options: TeacherOptions | None = None,
+) -> Audit:
+    """Run `teacher` over `samples` samples of a store, drawn by `seed`, and compare.
+
+    Args:
+        teacher: a loaded one, or `hf:PATH_OR_ID` or `py:module:function`.
+        options: how to run a teacher given by name.
+
+    Raises: UsageError bad-argument for stores without tokens; AlignmentError tokenizer-mismatch;
+    TeacherError teacher-load; whatever reading the store raises.
+    """
+    opened = store if isinstance(store, Store) else open_store(store)
+    try:
+        header = opened.header
+        if header.sample_kind != "sequence" or header.signal.kind in ("graph", "scores"):
+            raise UsageError(
+                "bad-argument",
+                "this store does not hold what a teacher could be run on again",
+                where=opened.location,
+                got=f"{header.sample_kind} store of {header.signal}",
+                expected="a sequence store of dense, topk, sampled or threshold records",
+            )
+        if isinstance(teacher, str):
+            threads = header.teacher.threads_per_worker or 1
+            teacher = load_teacher(teacher, options or TeacherOptions(threads=threads))
+        _check_teacher(opened, teacher)
+        count = min(samples, len(opened))
+        order = np.argsort(uniform(seed, 0, np.arange(len(opened)), 0), kind="stable")
+        found = Audit()
+        for index in sorted(order[:count].tolist()):
+            _compare_sample(opened, index, teacher, found)
+        return found
+    finally:
+        if opened is not store:
+            opened.close()
+
+
+def _check_teacher(store: Store, teacher: Teacher) -> None:
+    held = store.header.tokenizer
+    fingerprint = teacher.tokenizer.table.fingerprint
+    if held is not None and held.fingerprint != fingerprint:
+        raise AlignmentError(
+            "tokenizer-mismatch",
+            "this teacher reads other tokens than the store holds",
+            where=store.location,
+            got=f"tokenizer {fingerprint}",
+            expected=held.fingerprint,
+        )
+    if teacher.vocab_size != store.header.vocab_size:
+        raise AlignmentError(
+            "tokenizer-mismatch",
+            "this teacher has another vocabulary than the store",
+            where=store.location,
+            got=teacher.vocab_size,
+            expected=store.header.vocab_size,
+        )
+
+
+def _compare_sample(store: Store, index: int, teacher: Teacher, found: Audit) -> None:
+    record = store.sample(index)
+    tokens = record["tokens"].astype(np.int64)
+    sample = Sample(
+        key=record.sample_keys()[0],
+        tokens=tokens,
+        segment_ids=record["segment_ids"].astype(np.int64),
+        byte_end=np.zeros_like(tokens),
+    )
+    targets = from_records([record], store.header)
+    labels = torch.from_numpy(sample.labels)
+    found.samples += 1
+    found.positions += len(tokens)
+    start = 0
+    for block_RV in teacher.blocks([sample]):
+        logits_RV = block_RV.float().cpu()
+        rows = slice(start, start + len(logits_RV))
+        start = rows.stop
+        logp_RV = torch.log_softmax(logits_RV, -1)
+        _compare_aux(targets, rows, logits_RV, logp_RV, labels[rows], found)
+        _compare_signal(targets, rows, logp_RV, labels[rows], found)
+
+
+def _compare_aux(
+    targets: Targets,
+    rows: slice,
+    logits_RV: Tensor,
+    logp_RV: Tensor,
+    labels_R: Tensor,
+    found: Audit,
+) -> None:
+    fresh = {"lse": torch.logsumexp(logits_RV, -1)}
+    fresh["entropy"] = torch.special.entr(logp_RV.exp()).sum(-1)
+    label_logp = logp_RV.gather(-1, labels_R.clamp_min(0)[:, None])[:, 0]
+    fresh["label_logprob"] = torch.where(labels_R >= 0, label_logp, 0.0)
+    for name, values in fresh.items():
+        stored = getattr(targets, name)
+        if stored is not None:
+            found.aux.setdefault(name, Difference()).add(stored[rows], values)
+    if isinstance(targets, TopKTargets) and targets.log_tail is not None:
+        ids = targets.ids[rows]
+        kept = torch.zeros_like(logp_RV, dtype=torch.bool).scatter_(-1, ids.clamp_min(0), True)
+        tail = torch.logsumexp(logp_RV.masked_fill(kept, -torch.inf), -1)
+        found.aux.setdefault("log_tail", Difference()).add(targets.log_tail[rows], tail)
+
+
+def _compare_signal(
+    targets: Targets, rows: slice, logp_RV: Tensor, labels_R: Tensor, found: Audit
+) -> None:
+    if isinstance(targets, DenseTargets):
+        found.logprobs.add(targets.logprobs[rows], logp_RV)
+    elif isinstance(targets, TopKTargets):
+        ids = targets.ids[rows]
+        valid = ids >= 0
+        fresh = logp_RV.gather(-1, ids.clamp_min(0))
+        found.logprobs.add(targets.logprobs[rows][valid], fresh[valid])
+    elif isinstance(targets, SampledTargets | ThresholdTargets):
+        position = targets.position_of_entry()
+        inside = (position >= rows.start) & (position < rows.stop)
+        row, ids = position[inside] - rows.start, targets.ids[inside]
+        drawn = torch.zeros_like(logp_RV, dtype=torch.bool)
+        drawn[row, ids] = True
+        if isinstance(targets, SampledTargets):
+            _sampled_hits(targets, drawn, logp_RV, labels_R, found)
+        else:
+            head = targets.head_mask()[inside]
+            weights = targets.weights[inside]
+            found.logprobs.add(weights[head].log(), logp_RV[row[head], ids[head]])
+            exact = torch.zeros_like(drawn)
+            exact[row[head], ids[head]] = True
+            _tail_hits(targets, rows, drawn, exact, logp_RV, found)
+
+
+def _sampled_hits(
+    targets: SampledTargets, drawn: Tensor, logp_RV: Tensor, labels_R: Tensor, found: Audit
+) -> None:
+    """The realised token, and the most probable one: drawn as often as 1 - (1 - p)^N says."""
+    proposal = torch.log_softmax(logp_RV * targets.power, -1)
+    top = logp_RV.argmax(-1)
+    for name, ids in (("label", labels_R), ("top-1", top)):
+        rows = (ids >= 0).nonzero()[:, 0]
+        p = proposal[rows, ids[rows]].double().exp()
+        chance = -torch.expm1(targets.rounds * torch.log1p(-p.clamp_max(1 - 1e-12)))
+        found.hit_rates.setdefault(name, HitRate()).add(drawn[rows, ids[rows]], chance)
+
+
+def _tail_hits(
+    targets: ThresholdTargets,
+    rows: slice,
+    drawn: Tensor,
+    exact: Tensor,
+    logp_RV: Tensor,
+    found: Audit,
+) -> None:
+    """The most probable id outside the head: stored with probability p / tau."""
+    num_tails = (targets.num_ids - targets.num_heads)[rows]
+    probe = logp_RV.masked_fill(exact, -torch.inf).argmax(-1)
+    sampled = num_tails > 0
+    index = sampled.nonzero()[:, 0]
+    p = logp_RV[index, probe[index]].double().exp()
+    tau = targets.log_tail[rows][index].double().exp() / num_tails[index]
+    chance = (p / tau).clamp(0, 1)
+    hit = drawn[index, probe[index]]
+    found.hit_rates.setdefault("largest of the tail", HitRate()).add(hit, chance)
