@@ -185,6 +185,24 @@ class ContainerContract:
         with pytest.raises(FormatError, match="at least one sample"):
             writer.add(random_record(schema, [], seed=0))
 
+    @pytest.mark.parametrize(
+        ("text", "counts"), [(b"\xff" * 4, [2, 2]), ("aéé".encode(), [2, 3]), (b"abc\xc3", [2, 2])]
+    )
+    def test_text_must_be_utf_8_in_each_string(self, text: bytes, counts: list[int]) -> None:
+        schema = SCHEMAS["fixed-k"]
+        record = random_record(schema, [4, 5], seed=26)
+        broken = Record(
+            schema,
+            record.arrays
+            | {
+                "num_sample_key": np.array(counts, np.uint16),
+                "sample_key": np.frombuffer(text, np.uint8),
+            },
+        )
+        writer = container(self.name).writer(io.BytesIO(), header(schema, container=self.name))
+        with pytest.raises(FormatError, match="sample_key"):
+            writer.add(broken)
+
     def test_refuses_chunks_too_large_before_anything_is_captured(self) -> None:
         schema = build_schema(
             DenseSpec(dtype="float32"), vocab_size=262_144, sample_kind="sequence", aux=()

@@ -24,6 +24,7 @@ __all__ = [
     "check_chunk",
     "check_header",
     "check_record",
+    "check_text",
     "column_set",
     "crc32c",
     "malformed",
@@ -206,3 +207,23 @@ def check_record(record: Record, schema: Schema) -> None:
                 got=f"{array.nbytes} bytes",
                 expected=f"at most {MAX_ARRAY_BYTES}; use fewer positions per chunk",
             )
+    check_text(record, where)
+
+
+def check_text(record: Record, where: str) -> None:
+    """Refuses text groups whose strings are not UTF-8 each.
+
+    Raises: FormatError chunk-malformed.
+    """
+    for group in record.schema.groups:
+        text = record.get(group.name) if group.text else None
+        if text is None:
+            continue
+        offsets = record.group_offsets(group)
+        starts = offsets[:-1][offsets[1:] > offsets[:-1]]
+        try:
+            text.tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise malformed(where, f"group {group.name} is not UTF-8: {error}") from None
+        if np.any(text[starts] & 0xC0 == 0x80):
+            raise malformed(where, f"a string of group {group.name} starts inside a character")

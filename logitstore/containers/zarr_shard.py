@@ -23,6 +23,7 @@ from logitstore.containers.protocol import (
     check_chunk,
     check_header,
     check_record,
+    check_text,
     column_set,
     crc32c,
     malformed,
@@ -330,6 +331,7 @@ class _Decoder:
                 values[array.name] = self._column(array, used[array.axis])
         in_order = {c.name: values[c.name] for c in schema.columns if c.name in wanted}
         record = Record(schema, in_order)
+        check_text(record, self.where)
         if record.num_positions != self.row.positions:
             raise malformed(
                 self.where,
