@@ -121,6 +121,7 @@ def make_record(header: Header, samples: Sequence[Sample], *, shift: int = 0) ->
         "label_logprob": torch.where(torch.from_numpy(labels) >= 0, targets.label_logprob, 0.0),
         "ids": targets.ids,
         "logprobs": _in_steps(header, targets.logprobs),
+        "top1_logprob": targets.logprobs[:, 0],
         **{
             name: getattr(targets, name)
             for name in ("label_rank", "entropy", "log_tail", "lse", "logit_mean")
