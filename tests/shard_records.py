@@ -197,7 +197,7 @@ def _values(
         return values.astype(column.dtype)
     if column.dtype == "bool":
         return rng.random(shape) < 0.5
-    if column.name.endswith(("ids", "tokens")):
+    if column.name.endswith(("ids", "tokens", "label")):
         top = min(vocab_size - 1, np.iinfo(column.dtype).max)
         return rng.integers(0, top, shape, dtype=np.uint64, endpoint=True).astype(column.dtype)
     info = np.iinfo(column.dtype)

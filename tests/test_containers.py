@@ -203,6 +203,19 @@ class ContainerContract:
         with pytest.raises(FormatError, match="sample_key"):
             writer.add(broken)
 
+    @pytest.mark.parametrize("name", ["tokens", "ids"])
+    def test_ids_must_lie_in_the_vocabulary(self, name: str) -> None:
+        schema = SCHEMAS["fixed-k"]
+        record = random_record(schema, [4, 5], seed=27)
+        head = header(schema, container=self.name)
+        record[name].flat[3] = 1000
+        with pytest.raises(FormatError, match=f"column {name} .*outside the vocabulary"):
+            write_shard(head, [record])
+        wider = header(schema, container=self.name, vocab_size=1001)
+        data, commit = write_shard(wider, [record])
+        with pytest.raises(FormatError, match=f"column {name} .*outside the vocabulary"):
+            self.decode(data, commit, head, 0)
+
     def test_refuses_chunks_too_large_before_anything_is_captured(self) -> None:
         schema = build_schema(
             DenseSpec(dtype="float32"), vocab_size=262_144, sample_kind="sequence", aux=()

@@ -25,6 +25,7 @@ from logitstore.containers.protocol import (
     check_chunk,
     check_header,
     check_record,
+    check_values,
     column_set,
     crc32c,
     malformed,
@@ -78,6 +79,7 @@ class ArrowContainer:
             record = _to_record(batch, schema, column_set(schema, columns))
         except ValueError as error:
             raise malformed(where, str(error)) from None
+        check_values(record, header, where)
         if record.num_positions != row.positions:
             raise malformed(
                 where,
@@ -130,7 +132,7 @@ class _Writer:
 
     def add(self, chunk: Record) -> None:
         """See `ShardWriter.add`."""
-        check_record(chunk, self._header.schema_)
+        check_record(chunk, self._header)
         batch = _to_batch(chunk, self._schema)
         before = self._sink.size
         self._writer.write_batch(batch)

@@ -24,7 +24,7 @@ __all__ = [
     "check_chunk",
     "check_header",
     "check_record",
-    "check_text",
+    "check_values",
     "column_set",
     "crc32c",
     "malformed",
@@ -33,6 +33,8 @@ __all__ = [
 # One array of one chunk, decoded. Larger is an attack or a mistake: 2,048 positions of dense
 # float16 logits over 262,144 ids reach it exactly.
 MAX_ARRAY_BYTES = 1 << 30
+
+_ID_COLUMNS = ("tokens", "label", "ids", "head_ids", "tail_ids")
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,12 @@ def check_header(header: Header) -> None:
             )
 
 
-def check_record(record: Record, schema: Schema) -> None:
+def check_record(record: Record, header: Header) -> None:
     """Refuses records that a chunk cannot hold.
 
     Raises: FormatError chunk-malformed.
     """
-    where = "record to be written"
+    where, schema = "record to be written", header.schema_
     if record.schema != schema:
         raise malformed(where, "record has another schema than the header")
     missing = [c.name for c in schema.columns if c.name not in record]
@@ -207,14 +209,25 @@ def check_record(record: Record, schema: Schema) -> None:
                 got=f"{array.nbytes} bytes",
                 expected=f"at most {MAX_ARRAY_BYTES}; use fewer positions per chunk",
             )
-    check_text(record, where)
+    check_values(record, header, where)
 
 
-def check_text(record: Record, where: str) -> None:
-    """Refuses text groups whose strings are not UTF-8 each.
+def check_values(record: Record, header: Header, where: str) -> None:
+    """Refuses ids outside the vocabulary and strings that are not UTF-8 each.
+
+    On some devices an index out of range ends the process.
 
     Raises: FormatError chunk-malformed.
     """
+    for name in _ID_COLUMNS:
+        ids = record.get(name)
+        if ids is not None and ids.size and int(ids.max()) >= header.vocab_size:
+            raise malformed(
+                where,
+                f"column {name} holds ids outside the vocabulary",
+                got=int(ids.max()),
+                expected=f"below {header.vocab_size}",
+            )
     for group in record.schema.groups:
         text = record.get(group.name) if group.text else None
         if text is None:

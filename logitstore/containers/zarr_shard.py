@@ -23,7 +23,7 @@ from logitstore.containers.protocol import (
     check_chunk,
     check_header,
     check_record,
-    check_text,
+    check_values,
     column_set,
     crc32c,
     malformed,
@@ -162,7 +162,7 @@ class _Writer:
 
     def add(self, chunk: Record) -> None:
         """See `ShardWriter.add`. Keeps the compressed chunk: common sizes are known at the end."""
-        check_record(chunk, self._header.schema_)
+        check_record(chunk, self._header)
         parts = {}
         for array in stored_arrays(self._header.schema_, self._pairs):
             values = self._values(chunk, array).ravel()
@@ -331,7 +331,7 @@ class _Decoder:
                 values[array.name] = self._column(array, used[array.axis])
         in_order = {c.name: values[c.name] for c in schema.columns if c.name in wanted}
         record = Record(schema, in_order)
-        check_text(record, self.where)
+        check_values(record, self.header, self.where)
         if record.num_positions != self.row.positions:
             raise malformed(
                 self.where,
