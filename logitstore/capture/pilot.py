@@ -64,33 +64,10 @@ def run_pilot(
 ) -> Pilot:
     """Capture samples into memory.
 
-    Raises: what the teacher raises when it fails on every micro-batch.
+    Raises: TeacherError teacher-out-of-memory; what the teacher raises on the last sample when it
+    fails on every one.
     """
-    encode = encoder(header)
-    records: list[Record] = []
-    done: list[Sample] = []
-    seconds = 0.0
-    failure: Exception | None = None
-    batches = list(micro_batches(samples, micro_batch))
-    # The first pass through a model is slow for reasons that do not come back: not timed.
-    for number, batch in enumerate([batches[0][:1], *batches]):
-        start_s = time.perf_counter()
-        try:
-            record = encode_samples(encode, header, batch, teacher.blocks(batch))
-        except Exception as error:
-            if is_out_of_memory(error) and micro_batch == 1:
-                raise one_is_too_large(batch[0]) from error
-            # Otherwise a sample that the capture will quarantine, or a batch that it will halve.
-            failure = error
-            continue
-        if number > 0:
-            seconds += time.perf_counter() - start_s
-            records.append(record)
-            done += batch
-    if failure is not None and is_out_of_memory(failure):
-        return run_pilot(teacher, header, samples, micro_batch // 2)
-    if failure is not None and not records:
-        raise failure
+    done, records, seconds = _encode_all(teacher, header, samples, micro_batch)
     tokens = sum(record.num_positions for record in records)
     file = io.BytesIO()
     shard = container(header.container).writer(file, header)
@@ -100,8 +77,7 @@ def run_pilot(
             shard.add(chunk)
     for chunk in chunker.finish():
         shard.add(chunk)
-    summary = shard.finish()
-    chunk_bytes = sum(row.bytes for row in summary.chunks)
+    chunk_bytes = sum(row.bytes for row in shard.finish().chunks)
     # A segment's first row is left out: only with BOS is it BOS.
     counts = np.concatenate([(s.labels >= 0) & (s.position_ids > 0) for s in done])
     logprobs = np.concatenate([record["label_logprob"] for record in records])[counts]
@@ -112,6 +88,42 @@ def run_pilot(
         shard_bytes=file.tell() - chunk_bytes,
         nll=-float(logprobs.astype(np.float64).mean()) if len(logprobs) else math.nan,
     )
+
+
+def _encode_all(
+    teacher: Teacher, header: Header, samples: Sequence[Sample], micro_batch: int
+) -> tuple[list[Sample], list[Record], float]:
+    """Samples, their records, and the seconds that teacher and encoder took.
+
+    A micro-batch that fails (the capture would halve it, or quarantine a sample of it) is run again
+    sample by sample, and samples that fail alone are left out.
+    """
+    encode = encoder(header)
+
+    def attempt(batch: Sequence[Sample]) -> Record | Exception:
+        try:
+            return encode_samples(encode, header, batch, teacher.blocks(batch))
+        except Exception as error:
+            if len(batch) == 1 and is_out_of_memory(error):
+                raise one_is_too_large(batch[0]) from error
+            return error
+
+    done: list[Sample] = []
+    records: list[Record] = []
+    # The first pass through a model is slow for reasons that do not come back: not timed.
+    found = attempt(samples[:1])
+    start_s = time.perf_counter()
+    batches = list(micro_batches(samples, micro_batch))
+    for batch in batches:
+        found = attempt(batch)
+        if isinstance(found, Record):
+            done += batch
+            records.append(found)
+        elif len(batch) > 1:
+            batches.extend([sample] for sample in batch)
+    if isinstance(found, Exception) and not records:
+        raise found
+    return done, records, time.perf_counter() - start_s
 
 
 def check_bos(
