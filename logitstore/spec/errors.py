@@ -41,6 +41,9 @@ class LogitstoreError(Exception):
         expected: the value or values that would have been right.
         hint: what to do about it (a command, a flag, a page).
         data: machine-readable details (JSON-able), for `--json` and problem documents.
+
+    Attributes:
+        message: the text a person reads; one to four lines.
     """
 
     exit_code = 1
@@ -65,11 +68,12 @@ class LogitstoreError(Exception):
         self.expected = None if expected is None else str(expected)
         self.hint = hint
         self.data = dict(data or {})
+        # Not a property: torch takes a class with `message` for one that can
+        # be built from it, and would lose the text of an error in a DataLoader's worker.
+        self.message = self._text()
         super().__init__(self.message)
 
-    @property
-    def message(self) -> str:
-        """The text a person reads; one to four lines."""
+    def _text(self) -> str:
         lines = [f"[{self.kind}] " + (f"{self.where}: " if self.where else "") + self.what]
         if self.got is not None:
             lines.append(f"  got: {self.got}")
