@@ -17,7 +17,12 @@ from logitstore.losses.contract import LossAndCount, Reduction, loss, require
 from logitstore.losses.hybrid import hybrid_distance, hybrid_distance_to_head
 from logitstore.losses.positions import tempered_logprobs
 from logitstore.losses.sequences import both_sides, reduce_sequences, sequence_rows
-from logitstore.losses.uld import sorted_distance, sorted_distance_to_head, stored_head
+from logitstore.losses.sorted_probs import (
+    Tail,
+    sorted_distance,
+    sorted_distance_to_head,
+    stored_head,
+)
 from logitstore.spec.errors import TargetsError, UsageError
 from logitstore.targets import DenseTargets, Targets, TopKTargets
 from logitstore.targets.dense import at_least_float32
@@ -39,7 +44,7 @@ class _Side(NamedTuple):
 @loss(
     signals={"dense": "exact", "topk": "bounded"},
     missing={"topk": ("bucket", "zero")},
-    needs={"topk": ("label_logprob",)},
+    needs={"dense": ("byte_end",), "topk": ("byte_end", "label_logprob")},
     needs_labels=True,
     source="GOLD of TRL (experimental), extending arXiv:2402.12030; top-K forms derived here",
 )
@@ -62,7 +67,7 @@ def gold(
     skip_student_end: bool = False,
     skip_teacher_end: bool = False,
     leftover: bool = True,
-    missing: Literal["bucket", "zero"] = "bucket",
+    missing: Tail = "bucket",
     reduction: Reduction = "mean",
     with_count: bool = False,
 ) -> Tensor | LossAndCount:
@@ -179,7 +184,7 @@ def gold(
     log_scale_G = _log_scale_from_logits(
         student_RV, student, labels.flatten(), student_temperature, shift
     )
-    student_GV = student_RV[student.base_G + shift]
+    student_rows_G = student.base_G + shift
     hybrid = matched_ids is not None
     if matched_ids is not None:
         student_ids_M, teacher_ids_M = (ids.to(device) for ids in matched_ids)
@@ -199,7 +204,7 @@ def gold(
         scales = (log_scale_G, teacher_log_scale_G)
         if hybrid:
             distance_G = hybrid_distance(
-                student_GV,
+                student_RV[student_rows_G],
                 teacher_GV,
                 (student_ids_M, teacher_ids_M),
                 weights,
@@ -208,7 +213,9 @@ def gold(
                 scales,
             )
         else:
-            distance_G = sorted_distance(student_GV, teacher_GV, *temperatures, *scales)
+            distance_G = sorted_distance(
+                student_RV, student_rows_G, teacher_GV, *temperatures, *scales
+            )
     else:
         assert isinstance(targets, TopKTargets)
         head = stored_head(targets, target.base_G, teacher_temperature, "gold")
@@ -221,7 +228,7 @@ def gold(
         if hybrid:
             stored_ids_GK = targets.ids.flatten(0, 1)[target.base_G]
             distance_G = hybrid_distance_to_head(
-                student_GV,
+                student_RV[student_rows_G],
                 head,
                 stored_ids_GK,
                 targets.vocab_size,
@@ -233,7 +240,7 @@ def gold(
             )
         else:
             distance_G = sorted_distance_to_head(
-                student_GV, head, student_temperature, missing, log_scale_G
+                student_RV, student_rows_G, head, student_temperature, missing, log_scale_G
             )
     num_groups_B = num_groups_B.to(device)
     sample_G = torch.repeat_interleave(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logitstore.losses.sequences import in_row_chunks
-from logitstore.losses.uld import StoredHead
+from logitstore.losses.sorted_probs import StoredHead
 from logitstore.spec.errors import UsageError
 from logitstore.targets.dense import at_least_float32
 

@@ -20,7 +20,14 @@ from logitstore.losses.contract import LossAndCount, Reduction
 from logitstore.spec.errors import TargetsError, UsageError
 from logitstore.targets import Targets
 
-__all__ = ["Sides", "both_sides", "in_row_chunks", "reduce_sequences", "sequence_rows"]
+__all__ = [
+    "Sides",
+    "both_sides",
+    "in_row_chunks",
+    "reduce_sequences",
+    "rows_per_chunk",
+    "sequence_rows",
+]
 
 SequenceRows = dict[tuple[int, int], Tensor]
 
@@ -171,6 +178,11 @@ def reduce_sequences(
 _CHUNK_ELEMENTS = 1 << 22
 
 
+def rows_per_chunk(num_rows: int, width: int) -> int:
+    """How many rows of `width` elements to work on at a time."""
+    return max(1, min(num_rows, _CHUNK_ELEMENTS // max(width, 1)))
+
+
 def in_row_chunks(function: Callable[..., Tensor], width: int, *tensors: Tensor) -> Tensor:
     """`function` over chunks of axis 0 of all tensors, concatenated; recomputed in backward.
 
@@ -178,7 +190,7 @@ def in_row_chunks(function: Callable[..., Tensor], width: int, *tensors: Tensor)
     is the number of elements a row needs.
     """
     rows = tensors[0].shape[0]
-    per_chunk = max(1, _CHUNK_ELEMENTS // max(width, 1))
+    per_chunk = rows_per_chunk(rows, width)
     if rows <= per_chunk:
         return function(*tensors)
     # split, not slices: its backward concatenates once instead of adding one full-size tensor per

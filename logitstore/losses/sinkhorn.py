@@ -5,14 +5,13 @@ Letters: N rows that count, V vocabulary or classes, K stored ids.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss
 from logitstore.losses.positions import counted_positions, dense_logits, tempered_logprobs
 from logitstore.losses.sequences import in_row_chunks
+from logitstore.losses.sorted_probs import Tail
 from logitstore.spec.errors import UsageError
 from logitstore.targets import PAD_ID, DenseTargets, Targets, TopKTargets
 from logitstore.targets.dense import at_least_float32
@@ -36,7 +35,7 @@ def sinkhorn(
     epsilon: float = 0.1,
     num_iterations: int = 20,
     detach_plan: bool = False,
-    missing: Literal["bucket", "zero"] = "bucket",
+    missing: Tail = "bucket",
     reduction: Reduction = "sum",
     with_count: bool = False,
 ) -> Tensor | LossAndCount:
@@ -100,7 +99,7 @@ def _plan(cost_NN: Tensor, epsilon: float, num_iterations: int) -> Tensor:
 
 
 def _cost_to_stored(
-    student_NV: Tensor, targets: TopKTargets, temperature: float, missing: str
+    student_NV: Tensor, targets: TopKTargets, temperature: float, missing: Tail
 ) -> Tensor:
     held_NK = targets.ids != PAD_ID
     logprobs_NK = at_least_float32(targets.logprobs)

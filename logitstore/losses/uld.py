@@ -5,20 +5,20 @@ Letters: B samples, T student positions, V vocabulary, K stored ids, P pairs of 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
 import torch
 from torch import Tensor
 
 from logitstore.losses.contract import LossAndCount, Reduction, loss
-from logitstore.losses.positions import tempered_logprobs
-from logitstore.losses.sequences import both_sides, in_row_chunks, reduce_sequences, sequence_rows
-from logitstore.targets import PAD_ID, DenseTargets, Targets, TopKTargets
-from logitstore.targets.dense import at_least_float32
+from logitstore.losses.sequences import both_sides, reduce_sequences, sequence_rows
+from logitstore.losses.sorted_probs import (
+    Tail,
+    sorted_distance,
+    sorted_distance_to_head,
+    stored_head,
+)
+from logitstore.targets import DenseTargets, Targets, TopKTargets
 
-__all__ = ["StoredHead", "sorted_distance", "sorted_distance_to_head", "stored_head", "uld"]
-
-Tail = Literal["bucket", "zero"]
+__all__ = ["uld"]
 
 
 @loss(
@@ -102,17 +102,20 @@ def uld(
         pieces = [sequences[key][:n] for key, n in zip(shared, num_pairs_S.tolist(), strict=True)]
         return torch.cat(pieces).to(device)
 
-    student_PV = student_logits.flatten(0, 1)[first_rows(student_sequences)]
+    student_RV = student_logits.flatten(0, 1)
+    student_rows_P = first_rows(student_sequences)
     target_rows_P = first_rows(target_sequences)
     if isinstance(sides.targets, DenseTargets):
         teacher_PV = sides.targets.logits.flatten(0, 1)[target_rows_P]
         distance_P = sorted_distance(
-            student_PV, teacher_PV, student_temperature, teacher_temperature
+            student_RV, student_rows_P, teacher_PV, student_temperature, teacher_temperature
         )
     else:
         assert isinstance(sides.targets, TopKTargets)
         head = stored_head(sides.targets, target_rows_P, teacher_temperature, "uld")
-        distance_P = sorted_distance_to_head(student_PV, head, student_temperature, missing)
+        distance_P = sorted_distance_to_head(
+            student_RV, student_rows_P, head, student_temperature, missing
+        )
     num_pairs_S = num_pairs_S.to(device)
     sequence_P = torch.repeat_interleave(
         torch.arange(len(shared), device=device), num_pairs_S, output_size=distance_P.numel()
@@ -120,109 +123,3 @@ def uld(
     sum_S = distance_P.new_zeros(len(shared)).index_add(0, sequence_P, distance_P)
     loss_S = sum_S / num_pairs_S.clamp_min(1)
     return reduce_sequences(loss_S, num_pairs_S > 0, reduction, with_count)
-
-
-class StoredHead(NamedTuple):
-    """What a top-K record knows of P rows' sorted probabilities.
-
-    `probs_PK` descending, 0 where fewer than K are stored; `held_PK` bool, where one is stored;
-    `tail_P` the mass beyond them.
-    """
-
-    probs_PK: Tensor
-    held_PK: Tensor
-    tail_P: Tensor
-
-
-def stored_head(
-    targets: TopKTargets, rows_P: Tensor, temperature: float, needed_by: str
-) -> StoredHead:
-    """The head of padded targets at flat rows, at a temperature that was captured."""
-    at_rows = targets.map(lambda x: x.flatten(0, 1)[rows_P.to(x.device)] if x.ndim > 1 else x)
-    logprobs_PK = at_least_float32(at_rows.logprobs)
-    held_PK = at_rows.ids != PAD_ID
-    probs_PK = tempered_logprobs(logprobs_PK, at_rows, temperature, needed_by).exp()
-    probs_PK = probs_PK.masked_fill(~held_PK, 0.0)
-    if temperature == 1 and at_rows.log_tail is not None:
-        tail_P = at_rows.log_tail.to(probs_PK.dtype).exp()
-    else:
-        # Enters linearly, never through a logarithm, so that the rounding of 1 - sum is harmless.
-        tail_P = (1 - probs_PK.sum(-1)).clamp_min(0)
-    if targets.k >= targets.vocab_size:
-        tail_P = tail_P.masked_fill(held_PK.sum(-1) >= targets.vocab_size, 0.0)
-    return StoredHead(probs_PK, held_PK, tail_P)
-
-
-def sorted_distance(
-    student_PV: Tensor,
-    teacher_PV: Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-    log_scale_P: Tensor | None = None,
-    teacher_log_scale_P: Tensor | None = None,
-) -> Tensor:
-    """[P]: sum_i |c q~(i) - d p~(i)| of two vocabularies' logits; c, d are 1 or exp(log scale)."""
-    width = max(student_PV.shape[-1], teacher_PV.shape[-1])
-
-    def of_chunk(
-        student_pV: Tensor, teacher_pV: Tensor, log_scale_p: Tensor, teacher_log_scale_p: Tensor
-    ) -> Tensor:
-        q_pV = _sorted_probs(student_pV, student_temperature, log_scale_p, width)
-        with torch.no_grad():
-            p_pV = _sorted_probs(teacher_pV, teacher_temperature, teacher_log_scale_p, width)
-        return (q_pV - p_pV.to(q_pV)).abs().sum(-1)
-
-    one_P = at_least_float32(student_PV).new_zeros(student_PV.shape[0])
-    return in_row_chunks(
-        of_chunk,
-        width,
-        student_PV,
-        teacher_PV,
-        one_P if log_scale_P is None else log_scale_P,
-        one_P if teacher_log_scale_P is None else teacher_log_scale_P,
-    )
-
-
-def _sorted_probs(logits_pV: Tensor, temperature: float, log_scale_p: Tensor, width: int) -> Tensor:
-    logprobs_pV = torch.log_softmax(at_least_float32(logits_pV) / temperature, -1)
-    probs_pV = (logprobs_pV + log_scale_p.to(logprobs_pV)[:, None]).exp()
-    sorted_pV = probs_pV.sort(-1, descending=True).values
-    return torch.nn.functional.pad(sorted_pV, (0, width - sorted_pV.shape[-1]))
-
-
-def sorted_distance_to_head(
-    student_PV: Tensor,
-    head: StoredHead,
-    student_temperature: float,
-    tail: Tail,
-    log_scale_P: Tensor | None = None,
-) -> Tensor:
-    """[P]: the head of sum_i |c q~(i) - p~(i)| exactly, and its tail as `tail` says.
-
-    The student is never sorted: its K largest logits and one logsumexp per row are enough.
-    """
-
-    def of_chunk(
-        student_pV: Tensor, probs_pK: Tensor, held_pK: Tensor, tail_p: Tensor, log_scale_p: Tensor
-    ) -> Tensor:
-        z_pV = at_least_float32(student_pV)
-        if student_temperature != 1:
-            z_pV = z_pV / student_temperature
-        k = min(probs_pK.shape[-1], z_pV.shape[-1])
-        lse_p1 = torch.logsumexp(z_pV, -1, keepdim=True)
-        q_pK = (z_pV.topk(k).values - lse_p1).exp()
-        # A student with fewer ids than K has zeros there.
-        q_pK = torch.nn.functional.pad(q_pK, (0, probs_pK.shape[-1] - k))
-        q_pK = torch.where(held_pK, q_pK, 0.0)
-        scale_p = log_scale_p.exp()
-        # As for the teacher: linear, so 1 - sum is accurate enough; nothing is left when K = V.
-        student_tail_p = scale_p * (1 - q_pK.sum(-1)).clamp_min(0)
-        student_tail_p = student_tail_p.masked_fill(held_pK.sum(-1) >= z_pV.shape[-1], 0.0)
-        head_p = (scale_p[:, None] * q_pK - probs_pK.to(q_pK)).abs().sum(-1)
-        if tail == "zero":
-            return head_p + student_tail_p
-        return head_p + (student_tail_p - tail_p.to(q_pK)).abs()
-
-    if log_scale_P is None:
-        log_scale_P = at_least_float32(student_PV).new_zeros(student_PV.shape[0])
-    return in_row_chunks(of_chunk, student_PV.shape[-1], student_PV, *head, log_scale_P)
