@@ -22,6 +22,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 # name -> one line for the overview, in the order of use. The module is `commands/NAME.py`; the line
 # stands here so that the overview loads none of them.
 COMMANDS = {
+    "estimate": "Compare signals on your own corpus and teacher before a capture.",
     "precompute": "Run a teacher over a corpus and keep its distributions in a store.",
     "inspect": "Show a store's header, shards and one decoded sample.",
     "stats": "Print what a store holds and what it costs per token.",

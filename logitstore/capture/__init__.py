@@ -2,7 +2,15 @@
 
 from logitstore.capture.progress import Progress
 from logitstore.capture.push import PushWriter, writer
-from logitstore.capture.run import CaptureResult, Estimate, estimate, precompute
+from logitstore.capture.run import (
+    CaptureResult,
+    Estimate,
+    Slice,
+    estimate,
+    header_for,
+    precompute,
+    slice_of,
+)
 from logitstore.capture.settings import CaptureSettings
 
 __all__ = [
@@ -11,7 +19,10 @@ __all__ = [
     "Estimate",
     "Progress",
     "PushWriter",
+    "Slice",
     "estimate",
+    "header_for",
     "precompute",
+    "slice_of",
     "writer",
 ]

@@ -26,7 +26,7 @@ from logitstore.capture.planning import (
 from logitstore.capture.progress import Progress, ProgressMeter
 from logitstore.capture.settings import CaptureSettings
 from logitstore.capture.worker import Work, capture_shards
-from logitstore.corpora import Corpus, describe_files, find_files, pack
+from logitstore.corpora import Corpus, Document, Sample, describe_files, find_files, pack
 from logitstore.record import aux_fields
 from logitstore.record.new_header import new_header
 from logitstore.spec.commit import Quarantined
@@ -45,7 +45,7 @@ from logitstore.store import Store, StoreWriter, append, create, parse_location
 from logitstore.store import open as open_store
 from logitstore.teachers import Teacher, TeacherOptions, load_teacher
 
-__all__ = ["CaptureResult", "Estimate", "estimate", "precompute"]
+__all__ = ["CaptureResult", "Estimate", "Slice", "estimate", "precompute", "slice_of"]
 
 _DRY_RUN_TOKENS = 4096
 _PROBE_TOKENS = 1024
@@ -99,6 +99,24 @@ class Estimate:
     hours: float
     nll: float
     pilot_tokens: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A sample of a capture's work, for measurements that write nothing.
+
+    Attributes:
+        teacher: loaded.
+        samples: evenly spaced windows.
+        documents, tokens: of the whole corpus (or of its first `max_tokens`).
+        exact_tokens: whether the tokens were counted, not estimated.
+    """
+
+    teacher: Teacher
+    samples: list[Sample]
+    documents: int
+    tokens: int
+    exact_tokens: bool
 
 
 def precompute(
@@ -186,6 +204,23 @@ def estimate(settings: CaptureSettings, *, on_note: Note = lambda text: None) ->
     )
 
 
+def slice_of(settings: CaptureSettings, tokens: int, *, on_note: Note = lambda text: None) -> Slice:
+    """About `tokens` tokens of the corpus as samples, and the teacher, without running it.
+
+    Raises: as `precompute` before anything is captured.
+    """
+    setup = _Setup(settings, on_note)
+    scan, sizing, documents, bos = setup.read_corpus()
+    samples = list(pack(documents, setup.teacher.tokenizer, seq_len=settings.seq_len, bos=bos))
+    return Slice(
+        teacher=setup.teacher,
+        samples=spread(samples, tokens),
+        documents=scan.info.documents,
+        tokens=sizing.tokens_total,
+        exact_tokens=sizing.exact,
+    )
+
+
 class _Setup:
     """Corpus, teacher and header of a capture.
 
@@ -211,17 +246,20 @@ class _Setup:
         self.teacher: Teacher = load_teacher(settings.teacher, self.options)
         self.header, self._tables = header_for(settings, signal, self.teacher)
 
+    def read_corpus(self) -> tuple[Scan, Sizing, list[Document], bool]:
+        """Read the whole corpus once and size it; some of its documents; whether BOS is put."""
+        assert self.header.tokenizer is not None
+        bos = self.header.tokenizer.bos == "document"
+        self._note(f"reading {len(self.corpus.files)} corpus files")
+        scan = scan_corpus(self.corpus)
+        limit = self._settings.max_tokens
+        sizing = Sizing(self.corpus, scan, self.teacher.tokenizer, bos=bos, max_tokens=limit)
+        return scan, sizing, list(sizing.sample(_PROBE_BYTES)), bos
+
     def look(self, pilot_tokens: int) -> tuple[Scan, Sizing, Pilot]:
         """Read the corpus, size it, run the pilot and check the BOS choice."""
         settings, header, teacher = self._settings, self.header, self.teacher
-        assert header.tokenizer is not None
-        bos = header.tokenizer.bos == "document"
-        self._note(f"reading {len(self.corpus.files)} corpus files")
-        scan = scan_corpus(self.corpus)
-        sizing = Sizing(
-            self.corpus, scan, teacher.tokenizer, bos=bos, max_tokens=settings.max_tokens
-        )
-        documents = list(sizing.sample(_PROBE_BYTES))
+        scan, sizing, documents, bos = self.read_corpus()
         samples = list(pack(documents, teacher.tokenizer, seq_len=settings.seq_len, bos=bos))
         chosen = spread(samples, pilot_tokens)
         self._note(f"running the teacher over {sum(len(s) for s in chosen)} tokens")
@@ -384,6 +422,8 @@ def header_for(
 def _present(location: str) -> tuple[Header | None, Plan | None]:
     """Header and corpus plan of the store at that place, if there is one; reads no commits."""
     found: StoreWriter | Store
+    if not location:
+        return None, None
     try:
         found = append(location)
     except NotFoundError:

@@ -18,7 +18,7 @@ class CaptureSettings:
     Attributes:
         teacher: "hf:PATH_OR_ID" or "py:module:function".
         corpus: file names and patterns.
-        out: folder or URL of the store.
+        out: folder or URL of the store; empty where nothing is written (`slice_of`).
         signal: for example "topk:64".
         seq_len: tokens of a window.
         aux: fields to keep beside the signal; None: the signal's defaults.
