@@ -75,12 +75,14 @@ def main() -> None:
         if only and (name not in only.split(",") or seen[name] > 1):
             continue
         out = folder / f"kill-{number}"
-        left = [number]
+        # By name and occurrence: the next attempt opens while the last one is being committed, so
+        # that the steps of two shards interleave as they like.
+        left = [seen[name]]
 
-        def kill(_: str, left: list[int] = left) -> None:
+        def kill(step: str, name: str = name, left: list[int] = left) -> None:
+            left[0] -= step == name
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
 
         killed = capture(arguments, out, kill)
         after_kill = state(out)
