@@ -347,8 +347,7 @@ def _flat(x: Tensor | None, leading: torch.Size, name: str) -> Tensor | None:
 
 
 def _check_leading(targets: Targets, leading: torch.Size) -> None:
-    """Targets without `lengths` must have the student's leading shape; others are checked by
-    length."""
+    """Compare leading shapes where there is no `lengths` to compare."""
     if targets.lengths is not None:
         return
     if isinstance(targets, DenseTargets):

@@ -148,8 +148,7 @@ def weighted_rows(rows: Rows) -> WeightedRows:
 
 
 def dense_rows(rows: Rows, temperature: float = 1.0) -> Tensor:
-    """log softmax(z / T) of dense targets, float [R, V of the student], -inf at ids the teacher
-    lacks."""
+    """log softmax(z / T), float [R, V of the student], -inf at ids the teacher lacks."""
     targets = rows.targets
     assert isinstance(targets, DenseTargets)
     logits_RV = at_least_float32(targets.logits).reshape(-1, targets.logits.shape[-1])
@@ -174,8 +173,7 @@ def refuse_temperature(targets: Targets, name: str, temperature: float) -> None:
 
 
 def require_labels(rows: Rows, name: str, why: str) -> Tensor:
-    """Labels [R], 0 in rows that do not count; an error when a row that counts has none or a wrong
-    one."""
+    """Labels [R], 0 in rows that do not count; a row that counts must have a valid one."""
     if rows.labels_R is None:
         raise TargetsError(
             "label-missing",
@@ -237,8 +235,7 @@ def _head_rows(rows: Rows, targets: ThresholdTargets) -> KeptRows:
 def _merge_always(
     kept: KeptRows, ids_RA: Tensor, logprobs_RA: Tensor, *, in_tail: bool
 ) -> KeptRows:
-    """Always-ids that the list lacks are appended and leave the tail; those it holds stay where
-    they are."""
+    """Append the always-ids that the list lacks; if they were in the tail, they leave it."""
     known_RA = (ids_RA[:, :, None] == kept.ids[:, None, :]).any(-1)
     logprobs_RA = logprobs_RA.masked_fill(known_RA, -torch.inf)
     log_tail_R = kept.log_tail

@@ -87,8 +87,7 @@ def chunk_rows(num_rows: int, vocab: int, device: torch.device) -> int:
 
 
 def _without_padding(ids_RU: Tensor) -> Tensor:
-    """Padding replaced by the row's first id (0 in an empty row): a valid address that changes
-    nothing."""
+    """Padding replaced by the row's first id: a valid address at which nothing changes."""
     if ids_RU.shape[-1] == 0:
         return ids_RU
     first_R1 = ids_RU[:, :1].clamp_min(0)
@@ -98,8 +97,7 @@ def _without_padding(ids_RU: Tensor) -> Tensor:
 def softmax_outside(
     student_CV: Tensor, excluded_CS: Tensor, temperature: float, out_CV: Tensor
 ) -> Tensor:
-    """Softmax over the ids outside `excluded`, written to `out` (0 at excluded ids); returns its
-    log normaliser [C].
+    """Softmax outside `excluded`, written to `out` (0 inside); returns its log normaliser [C].
 
     The normaliser is max - log(max of the softmax): one more look at values in the cache instead of
     a second pass of exponentials. The largest probability is at least 1/V, so its log is accurate.

@@ -1,5 +1,4 @@
-"""Weighted cross-entropy targets: the one form that CE, RS-KD, threshold KD and top-K forward KL
-share.
+"""Weighted cross-entropy: the form that CE, RS-KD, threshold KD and top-K forward KL share.
 
     loss_R = constant - sum_u w_u log q_u - w_tail log s - background * sum_{v < V} log q_v
 

@@ -116,6 +116,21 @@ def test_frozen_parts_and_kept_graphs():
         torch.autograd.grad(fused_linear_kd(leaf, weight, targets, labels), leaf, create_graph=True)
 
 
+# The compiler looks at .grad of what it carries over a break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_torch_compile_leaves_it_as_it_is():
+    hidden, weight, _, zt, labels, mask = make_case(0)
+    targets = make_targets("topk", zt)
+
+    def fused(h, w):
+        return fused_linear_kd(h, w, targets, labels, mask=mask)
+
+    compiled = torch.compile(fused, backend="aot_eager")
+    torch.testing.assert_close(
+        gradients(compiled, hidden, weight), gradients(fused, hidden, weight)
+    )
+
+
 def test_gradcheck():
     hidden, weight, bias, zt, labels, mask = make_case(0, leading=(1, 3), vocab=7, teacher_vocab=7)
     targets = make_targets("topk", zt, k=3)
