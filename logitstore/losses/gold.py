@@ -66,7 +66,7 @@ def gold(
     teacher_temperature: float = 1.0,
     skip_student_end: bool = False,
     skip_teacher_end: bool = False,
-    leftover: bool = True,
+    same_bytes: bool = False,
     missing: Tail = "bucket",
     reduction: Reduction = "mean",
     with_count: bool = False,
@@ -102,8 +102,10 @@ def gold(
             From topk only 0 < beta < 1.
         student_temperature, teacher_temperature, skip_student_end, skip_teacher_end: as in `uld`.
             TRL skips the end token on both sides.
-        leftover: rows after the last common byte form one more group, as TRL does; pass False when
-            one side's text may be cut off, because that group then compares different bytes.
+        same_bytes: leave out groups whose two sides do not cover exactly the same bytes: the one
+            after the last common end (a side was cut off), and those at the edge of what counts,
+            where the first token of a text has no row that predicts it. TRL keeps them; turn it on
+            for packed or truncated text.
         missing: "bucket" or "zero", how topk's tail enters the sorted distance; hybrid: bucket.
         reduction: over samples with a group; "none" gives [B].
         with_count: also return how many samples have a group.
@@ -176,7 +178,7 @@ def gold(
         byte_end.cpu().flatten(),
         target_end_BU.cpu().flatten(),
         strategy,
-        leftover,
+        same_bytes,
     )
     student = _Side(*(x.to(device) for x in student))
     target = _Side(*(x.to(device) for x in target))
@@ -259,7 +261,7 @@ def _groups(
     student_end_R: Tensor,
     target_end_R: Tensor,
     strategy: str,
-    leftover: bool,
+    same_bytes: bool,
 ) -> tuple[_Side, _Side, Tensor]:
     """Groups of all samples, sample by sample; rows are flat indices."""
     # base rows, extra rows, groups of the extra rows; per side
@@ -269,7 +271,15 @@ def _groups(
         row_lists = (student_rows.tolist(), target_rows.tolist())
         # Row t predicts token t + 1: that token's end is the row's.
         ends = (student_end_R[student_rows + 1].tolist(), target_end_R[target_rows + 1].tolist())
-        groups = byte_groups(*ends, leftover=leftover)
+        groups = byte_groups(*ends, leftover=not same_bytes)
+        if same_bytes:
+            starts = (student_end_R[student_rows].tolist(), target_end_R[target_rows].tolist())
+            groups = [
+                group
+                for group in groups
+                if starts[0][group.student[0]] == starts[1][group.target[0]]
+                and all(_adjoin(rows, side) for rows, side in zip(row_lists, group, strict=True))
+            ]
         num_groups.append(len(groups))
         for group in groups:
             for (base, extra, extra_group), row_list, members in zip(
@@ -287,6 +297,11 @@ def _groups(
         _Side(target_base_G, target_extra_E, target_group_E),
         torch.tensor(num_groups),
     )
+
+
+def _adjoin(rows: list[int], members: range) -> bool:
+    """Whether no uncounted row lies inside a group."""
+    return rows[members[-1]] - rows[members[0]] == len(members) - 1
 
 
 def _log_scale_from_logits(

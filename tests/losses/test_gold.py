@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from logitstore.corpora.documents import Document
+from logitstore.corpora.packing import pack
 from logitstore.corpora.tokenizer import FastTokenizer
 from logitstore.losses.byte_alignment import byte_ends, byte_groups, matched_ids
 from logitstore.losses.gold import gold
@@ -323,6 +326,44 @@ def test_batch_of_samples_and_reductions():
     assert count == 2
 
 
+def test_groups_that_cover_other_bytes_can_be_left_out():
+    # The student counts bytes 1 to 10, the teacher 2 to 8.
+    student, teacher = random_case(9, (3, 5, 6, 8, 10), (3, 6, 7, 8))
+    student.byte_end[0, student.start - 1] = 1
+    teacher.byte_end[0, teacher.start - 1] = 2
+    options = common(student, teacher) | {"target_labels": teacher.labels, "reduction": "none"}
+
+    def expected(groups):
+        q = written_groups(student, [g[0] for g in groups], "bayesian")
+        p = written_groups(teacher, [g[1] for g in groups], "bayesian")
+        return sorted_l1(q, p).mean()
+
+    every = [((0,), (0,)), ((1, 2), (1,)), ((3,), (2, 3))]
+    got = gold(student.logits, dense_of(teacher), **options)
+    assert torch.allclose(got, expected(every))
+    got = gold(student.logits, dense_of(teacher), same_bytes=True, **options)
+    assert torch.allclose(got, expected(every[1:]))
+    # A hole inside a group: its bytes are no longer all there.
+    holed = student.mask.clone()
+    holed[0, student.start - 1 + 1] = False
+    options["mask"] = holed
+    got = gold(student.logits, dense_of(teacher), same_bytes=True, **options)
+    assert torch.allclose(got, expected(every[2:]))
+    inside, other = random_case(11, (2, 3, 5), (5,))
+    inside.mask[0, inside.start] = False
+    options = common(inside, other) | {"target_labels": other.labels, "with_count": True}
+    assert gold(inside.logits, dense_of(other), **options).count == 1
+    assert gold(inside.logits, dense_of(other), same_bytes=True, **options).count == 0
+    # A side that was cut off in the middle of the other's token.
+    cut, whole = random_case(10, (3, 5), (3, 9))
+    options = common(cut, whole) | {"target_labels": whole.labels, "with_count": True}
+    loss, count = gold(cut.logits, dense_of(whole), same_bytes=True, **options)
+    q = written_groups(cut, [(0,)], "bayesian")
+    p = written_groups(whole, [(0,)], "bayesian")
+    assert torch.allclose(loss, sorted_l1(q, p).mean())
+    assert count == 1
+
+
 def test_byte_groups():
     def pairs(*args, **options):
         return [(list(g.student), list(g.target)) for g in byte_groups(*args, **options)]
@@ -453,6 +494,43 @@ def test_two_real_tokenizers(smollm2_tokenizer, word_tokenizer):
     exact = gold(student, dense, target_labels=target_labels, matched_ids=ids, **options)
     bound = gold(student, stored, matched_ids=ids, **options)
     assert 0 < bound <= exact + 1e-5
+
+
+def test_packed_windows_of_two_tokenizers(smollm2_tokenizer, word_tokenizer):
+    """The corpus's own byte ends, over two documents in one window."""
+    documents = [Document(0, i, f"d#{i}", text) for i, text in enumerate((TEXT, TEXT[::-1]))]
+    windows = [
+        next(pack(documents, tokenizer, seq_len=4096, bos=False))
+        for tokenizer in (smollm2_tokenizer, word_tokenizer)
+    ]
+    tokens, labels, ends, masks = (
+        [torch.from_numpy(np.asarray(f(w)))[None] for w in windows]
+        for f in (
+            lambda w: w.tokens,
+            lambda w: w.labels,
+            lambda w: w.byte_end,
+            lambda w: w.labels >= 0,
+        )
+    )
+    vocabularies = [len(t.table) for t in (smollm2_tokenizer, word_tokenizer)]
+    student, teacher = (
+        random_logits(i, *tokens[i].shape, vocabularies[i]).float() for i in range(2)
+    )
+    stored = TopKTargets.from_logits(teacher, 16, labels=labels[1])
+    stored = dataclasses.replace(stored, byte_end=ends[1])
+    dense = dataclasses.replace(DenseTargets.from_logits(teacher), byte_end=ends[1])
+    options = {
+        "labels": labels[0],
+        "mask": masks[0],
+        "byte_end": ends[0],
+        "target_mask": masks[1],
+        "same_bytes": True,
+    }
+    exact = gold(student, dense, target_labels=labels[1], **options)
+    assert 0 < gold(student, stored, **options) <= exact + 1e-5
+    # With one tokenizer on both sides every group is one token, and equal logits cost nothing.
+    options |= {"labels": labels[1], "mask": masks[1], "byte_end": ends[1]}
+    assert gold(teacher, dense, target_labels=labels[1], **options) <= 1e-6
 
 
 def test_refusals():
