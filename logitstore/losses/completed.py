@@ -6,6 +6,8 @@ need it (`sparse_target`).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def completed_logprobs(rows: Rows, kept: KeptRows, missing: str, name: str) -> T
         if missing == "uniform":
             each_R = log_r_R - (vocab - kept.num_kept).clamp_min(1).to(log_r_R.dtype).log()
         elif missing == "uniform_all":
-            each_R = log_r_R - torch.tensor(float(vocab), dtype=log_r_R.dtype).log()
+            each_R = log_r_R - math.log(vocab)
             logprobs_RK = torch.logaddexp(logprobs_RK, each_R[:, None])
     out_RV = logprobs_RK.new_full((num_rows, width + 1), -torch.inf)
     out_RV[:, :vocab] = each_R[:, None]
