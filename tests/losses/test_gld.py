@@ -59,7 +59,7 @@ def record(kind, logits, k, lengths=None):
 
 
 def threshold_from(logits_NV, heads, lengths, labels=None):
-    """Threshold targets: the `heads` largest ids exact, the realised one among them, two tail ids."""
+    """Threshold targets: `heads` largest ids exact, the realised one among them, two tail ids."""
     order = logits_NV.argsort(-1, descending=True)
     logp = torch.log_softmax(logits_NV, -1)
     ids, weights, num_ids, num_heads, log_tail = [], [], [], [], []
