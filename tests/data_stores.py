@@ -17,12 +17,13 @@ import torch
 import logitstore.store
 from logitstore.record import Record
 from logitstore.record.new_header import new_header
+from logitstore.record.random import key_of
 from logitstore.record.statistics import merge, statistics_of
+from logitstore.signals import encoder
 from logitstore.spec.header import Header, Packing, TeacherInfo
 from logitstore.spec.plan import Plan, shard_name
 from logitstore.spec.signals import parse_signal
 from logitstore.store import Store
-from logitstore.targets import TopKTargets
 
 VOCAB_SIZE = 40
 
@@ -107,41 +108,31 @@ def make_record(header: Header, samples: Sequence[Sample], *, shift: int = 0) ->
     logits = teacher_logits(header.vocab_size)[torch.from_numpy(tokens)]
     if shift:
         logits = logits.roll(shift, 0)
-    k = header.signal.k
-    targets = TopKTargets.from_logits(logits, k, labels=torch.from_numpy(labels))
+    lengths = [len(s.tokens) for s in samples]
     keys = [s.key.encode() for s in samples]
     columns: dict[str, Any] = {
-        "sample_lengths": [len(s.tokens) for s in samples],
+        "sample_lengths": lengths,
         "num_sample_key": [len(key) for key in keys],
         "sample_key": np.frombuffer(b"".join(keys), np.uint8),
         "tokens": tokens,
         "segment_ids": np.concatenate([s.segments for s in samples]),
         "label": labels,
         "loss_mask": (labels >= 0) & (tokens % 3 != 0),
-        "label_logprob": torch.where(torch.from_numpy(labels) >= 0, targets.label_logprob, 0.0),
-        "ids": targets.ids,
-        "logprobs": _in_steps(header, targets.logprobs),
-        "top1_logprob": targets.logprobs[:, 0],
-        **{
-            name: getattr(targets, name)
-            for name in ("label_rank", "entropy", "log_tail", "lse", "logit_mean")
-        },
+        **encoder(header).encode(
+            logits,
+            labels_P=torch.from_numpy(labels),
+            keys_P=torch.from_numpy(
+                np.repeat(np.array([key_of(s.key) for s in samples], np.uint64), lengths).view(
+                    np.int64
+                )
+            ),
+            positions_P=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        ),
     }
-    if "num_ids" in {c.name for c in header.schema_.columns}:
-        keep = targets.logprobs.exp().cumsum(-1) - targets.logprobs.exp() < header.signal.p
-        columns["num_ids"] = keep.sum(-1)
-        columns["ids"], columns["logprobs"] = targets.ids[keep], columns["logprobs"][keep]
-        dropped = targets.logprobs.masked_fill(keep, -torch.inf).logsumexp(-1)
-        columns["log_tail"] = torch.logaddexp(targets.log_tail, dropped)
     return Record(
         header.schema_,
         {c.name: np.asarray(columns[c.name]).astype(c.dtype) for c in header.schema_.columns},
     )
-
-
-def _in_steps(header: Header, logprobs: torch.Tensor) -> torch.Tensor:
-    column = header.schema_.column("logprobs")
-    return logprobs if column.step is None else (logprobs / column.step).round() * column.step
 
 
 def chunks_of(samples: Sequence[Sample], chunk_positions: int) -> list[list[Sample]]:

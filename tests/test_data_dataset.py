@@ -245,7 +245,18 @@ def test_classification_store(tmp_path):
 # what opening refuses
 
 
-SIGNALS = ["topk:8", "topk:8,coding=q8", "topk:12,p=0.9", "topk:2", "topk:40"]
+SIGNALS = [
+    "topk:8",
+    "topk:8,coding=q8",
+    "topk:12,p=0.9",
+    "topk:2",
+    "topk:40",
+    "sampled:50",
+    "sampled:50,power=0.8",
+    "threshold:tau=1/40",
+    "threshold:k=6",
+    "dense",
+]
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -261,35 +272,52 @@ def test_a_sound_store_is_accepted(tmp_path, signal):
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_logits_given_one_position_off_are_refused(tmp_path, signal, shift):
     """Everything stored agrees with itself; only the text tells."""
-    make_store(tmp_path, likely_samples(60), header=make_header(signal), shift=shift).close()
-    with pytest.raises(AlignmentError, match="store-misaligned"):
+    header = make_header(signal, chunk_positions=1024)
+    make_store(tmp_path, likely_samples(200), header=header, shift=shift).close()
+    with pytest.raises(AlignmentError, match="tokens are expected better"):
         LogitDataset(tmp_path)
 
 
 @pytest.mark.parametrize("shift", [1, -1])
-@pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("columns", [("tokens",), ("label_logprob",), ("ids", "logprobs")])
-def test_columns_that_slipped_against_each_other_are_refused(
-    tmp_path, monkeypatch, signal, columns, shift
-):
+@pytest.mark.parametrize("signal", ["topk:8", "topk:8,coding=q8", "topk:2", "sampled:50", "dense"])
+def test_columns_that_slipped_against_each_other_are_refused(tmp_path, monkeypatch, signal, shift):
+    import tests.data_stores as stores
+
+    plain = stores.make_record
+
+    def slipped(header, samples, **options):
+        """The signal of one row beside the label_logprob of another."""
+        right, wrong = (plain(header, samples, shift=by) for by in (0, shift))
+        wrong.arrays["label_logprob"] = right["label_logprob"]
+        return wrong
+
+    monkeypatch.setattr(stores, "make_record", slipped)
+    header = make_header(signal, chunk_positions=1024)
+    make_store(tmp_path, likely_samples(200), header=header).close()
+    with pytest.raises(AlignmentError, match="label_logprob"):
+        LogitDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "signal",
+    ["topk:8", "topk:12,p=0.9", "topk:2", "topk:40", "sampled:50", "threshold:tau=1/40", "dense"],
+)
+def test_tokens_that_slipped_are_refused_for_any_text(tmp_path, monkeypatch, signal):
+    """Even where the teacher cannot predict the text: label_logprob is of another token."""
     import tests.data_stores as stores
 
     plain = stores.make_record
 
     def slipped(header, samples, **options):
         record = plain(header, samples, **options)
-        for name in columns:
-            by = shift
-            if "num_ids" in record and name == "ids":
-                record.arrays["num_ids"] = np.roll(record["num_ids"], shift)
-            if "num_ids" in record and name in ("ids", "logprobs"):
-                by = int(record["num_ids"][:1].sum()) if shift > 0 else -int(record["num_ids"][-1])
-            record.arrays[name] = np.roll(record[name], by, 0)
+        record.arrays["tokens"] = np.roll(record["tokens"], 1)
         return record
 
     monkeypatch.setattr(stores, "make_record", slipped)
-    make_store(tmp_path, SAMPLES, header=make_header(signal)).close()
-    with pytest.raises(AlignmentError, match="contradict their label_logprob"):
+    samples = random_samples(400, seed=4)
+    header = make_header(signal, chunk_positions=1024)
+    make_store(tmp_path, samples, header=header, shards=2).close()
+    with pytest.raises(AlignmentError, match="label_logprob"):
         LogitDataset(tmp_path)
 
 

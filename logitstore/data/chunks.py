@@ -15,8 +15,9 @@ from logitstore.record import Record
 
 __all__ = ["Chunk", "ChunkCache", "Row", "gather"]
 
-# What a chunk costs beside its arrays.
-_OVERHEAD_BYTES = 4_096
+# What a chunk costs beside its arrays: Python objects, and numbers in lists.
+_OVERHEAD_BYTES = 8_192
+_BYTES_PER_BOUND = 40
 
 
 class Chunk:
@@ -68,10 +69,12 @@ class ChunkCache:
 
     Args:
         limit_bytes: decoded bytes to keep; the chunk in use is kept even when it alone is larger.
+        mapped: chunks are views of mapped files: what is kept is that they were checked, and the
+            page cache keeps the bytes.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
+    def __init__(self, limit_bytes: int, *, mapped: bool = False) -> None:
+        self.limit_bytes, self.mapped = limit_bytes, mapped
         self._bytes = 0
         self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
 
@@ -82,15 +85,16 @@ class ChunkCache:
             self._chunks.move_to_end(key)
             return chunk
         chunk = self._chunks[key] = Chunk(read())
-        self._bytes += _size(chunk)
+        self._bytes += self._size(chunk)
         while self._bytes > self.limit_bytes and len(self._chunks) > 1:
             _, dropped = self._chunks.popitem(last=False)
-            self._bytes -= _size(dropped)
+            self._bytes -= self._size(dropped)
         return chunk
 
-
-def _size(chunk: Chunk) -> int:
-    return chunk.record.nbytes + _OVERHEAD_BYTES
+    def _size(self, chunk: Chunk) -> int:
+        bounds = sum(len(offsets) for offsets in chunk.bounds.values())
+        own = 0 if self.mapped else chunk.record.nbytes
+        return own + _OVERHEAD_BYTES + _BYTES_PER_BOUND * bounds
 
 
 def gather(rows: Sequence[Row]) -> Record:

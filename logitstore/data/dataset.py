@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self
 
@@ -107,8 +109,10 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
             check_tokenizer(self.store, tokenizer)
         check_alignment(self.store)
         self._first_sample = _starts([s.samples for s in self.store.shards])
-        self._chunks = ChunkCache(cache_bytes)
-        self._chunk_starts: dict[int, NDArray[np.int64]] = {}
+        # Arrow chunks of a disk are views of the mapped file.
+        mapped = self.header.container == "arrow" and self.store.location.kind == "local"
+        self._chunks = ChunkCache(cache_bytes, mapped=mapped)
+        self._chunk_starts: dict[int, list[int]] = {}
         self._keep = self._scan()
         self._order: tuple[int, RankOrder] | None = None
         self.epoch_samples = len(self.epoch_order(epoch))
@@ -172,7 +176,7 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         else:
             shards = self._shards_of(snapshot)
         table = ShardTable(
-            first_sample=self._first_sample[shards],
+            first_sample=np.array([self._first_sample[i] for i in shards], np.int64),
             samples=np.array([self.store.shards[i].samples for i in shards], np.int64),
             chunk_samples=lambda i: np.diff(self._starts_of_chunks(shards[i])),
         )
@@ -217,7 +221,7 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Decoded chunks and orders are cheap to make again, and expensive to send.
-        empty = ChunkCache(self._chunks.limit_bytes)
+        empty = ChunkCache(self._chunks.limit_bytes, mapped=self._chunks.mapped)
         return {**self.__dict__, "_chunks": empty, "_chunk_starts": {}, "_order": None}
 
     # inside
@@ -231,18 +235,19 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         return self._order[1]
 
     def _item(self, number: int) -> Item:
-        shard = int(np.searchsorted(self._first_sample, number, "right")) - 1
-        inside = number - int(self._first_sample[shard])
+        # Plain lists and bisect: numpy takes several times as long for a single number.
+        shard = bisect_right(self._first_sample, number) - 1
+        inside = number - self._first_sample[shard]
         starts = self._starts_of_chunks(shard)
-        chunk = int(np.searchsorted(starts, inside, "right")) - 1
+        chunk = bisect_right(starts, inside) - 1
         decoded = self._chunks.get(
             (shard, chunk), lambda: self.store.read_chunk(shard, chunk, self._columns)
         )
         sample_id = SampleId(self.store.shards[shard].shard, inside)
-        return Item(Row(decoded, inside - int(starts[chunk])), self.header, sample_id, self.k)
+        return Item(Row(decoded, inside - starts[chunk]), self.header, sample_id, self.k)
 
-    def _starts_of_chunks(self, shard: int) -> NDArray[np.int64]:
-        """int64 [chunks + 1]: row of the shard at which each chunk begins."""
+    def _starts_of_chunks(self, shard: int) -> list[int]:
+        """Row of the shard at which each chunk begins, and the number of its rows."""
         starts = self._chunk_starts.get(shard)
         if starts is None:
             starts = _starts([c.samples for c in self.store.commit(shard).chunks])
@@ -285,8 +290,9 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         if columns is None:
             return None
         names = {c.name for c in self.header.schema_.columns}
-        optional = {n for n in names if n in AUX_FIELDS or n.startswith("lse_at_")}
-        optional |= names & {"always_logprobs"}
+        # Signals are decoded with the help of these two.
+        optional = names & set(AUX_FIELDS) - {"label_logprob", "top1_logprob"}
+        optional |= {n for n in names if n.startswith("lse_at_")}
         unknown = set(columns) - names
         if unknown:
             raise UsageError(
@@ -334,7 +340,5 @@ def _check(*rules: tuple[str, Any, bool, str]) -> None:
             )
 
 
-def _starts(counts: Sequence[int]) -> NDArray[np.int64]:
-    starts = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=starts[1:])
-    return starts
+def _starts(counts: Iterable[int]) -> list[int]:
+    return [0, *accumulate(counts)]
