@@ -118,3 +118,11 @@ class Schema(Strict):
     @cached_property
     def _groups_by_name(self) -> dict[str, Group]:
         return {group.name: group for group in self.groups}
+
+    # Decoders look their plans up by schema, for every chunk.
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.columns, self.groups))
