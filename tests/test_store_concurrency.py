@@ -110,7 +110,7 @@ def kill_at_random(process, rng: random.Random, longest_s: float) -> bool:
     """Start it and kill it after a random time; whether it was still running."""
     process.start()
     time.sleep(rng.uniform(0, longest_s))
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
     return process.exitcode == -signal.SIGKILL
 
