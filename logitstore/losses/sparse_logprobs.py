@@ -60,17 +60,15 @@ def sparse_logprobs(
     Gradient: exact, once; a second derivative is refused. Under torch.compile the same
     values come from plain operators, which the compiler fuses and can differentiate again.
     """
-    safe_RU = _without_padding(ids_RU)
     if torch.compiler.is_compiling():
         return _from_plain_operators(
-            student_RV, ids_RU, safe_RU, mask_R, num_excluded, sum_vocab, temperature
+            student_RV, ids_RU, mask_R, num_excluded, sum_vocab, temperature
         )
-    pad_RU = ids_RU < 0
     # Inside the Function gradients are always off, so it has to be told.
     wanted = torch.is_grad_enabled() and student_RV.requires_grad
     return SparseLogprobs(
         *_SparseLogprobs.apply(
-            student_RV, safe_RU, pad_RU, mask_R, num_excluded, sum_vocab, temperature, wanted
+            student_RV, ids_RU, mask_R, num_excluded, sum_vocab, temperature, wanted
         )
     )
 
@@ -87,11 +85,18 @@ def chunk_rows(num_rows: int, vocab: int, device: torch.device) -> int:
 
 
 def _without_padding(ids_RU: Tensor) -> Tensor:
-    """Padding replaced by the row's first id: a valid address at which nothing changes."""
+    """Padding replaced by an id of the same row, or by 0 in a row of padding alone."""
     if ids_RU.shape[-1] == 0:
         return ids_RU
-    first_R1 = ids_RU[:, :1].clamp_min(0)
-    return torch.where(ids_RU < 0, first_R1, ids_RU)
+    return torch.where(ids_RU < 0, ids_RU.amax(-1, keepdim=True).clamp_min(0), ids_RU)
+
+
+def _exclusion(logits_CV: Tensor, ids_CS: Tensor) -> tuple[Tensor, Tensor]:
+    """Addresses and what to write there to leave `ids` out: -inf, or in rows of padding alone what
+    is there already."""
+    has_ids_C1 = (ids_CS >= 0).any(-1, keepdim=True)
+    values_C1 = torch.where(has_ids_C1, -torch.inf, logits_CV[:, :1])
+    return _without_padding(ids_CS), values_C1.expand_as(ids_CS)
 
 
 def softmax_outside(
@@ -107,7 +112,7 @@ def softmax_outside(
         if student_CV is not out_CV or temperature != 1.0:
             torch.mul(student_CV.to(out_CV.dtype), 1.0 / temperature, out=out_CV)
         if excluded_CS.shape[-1]:
-            out_CV.scatter_(-1, excluded_CS, -torch.inf)
+            out_CV.scatter_(-1, *_exclusion(out_CV, excluded_CS))
         source_CV = out_CV
     top_C = source_CV.amax(-1)
     torch.softmax(source_CV, -1, out=out_CV)
@@ -122,7 +127,6 @@ class _SparseLogprobs(torch.autograd.Function):
         ctx: Any,
         student_RV: Tensor,
         ids_RU: Tensor,
-        pad_RU: Tensor,
         mask_R: Tensor,
         num_excluded: int,
         sum_vocab: int,
@@ -148,7 +152,9 @@ class _SparseLogprobs(torch.autograd.Function):
             )
             if sum_vocab:
                 total_R[part] = student_RV[part, :sum_vocab].sum(-1, dtype=dtype)
-        logits_RU = (student_RV.gather(-1, ids_RU).to(dtype) / temperature).masked_fill(pad_RU, 0.0)
+        pad_RU = ids_RU < 0
+        logits_RU = student_RV.gather(-1, _without_padding(ids_RU)).to(dtype) / temperature
+        logits_RU = logits_RU.masked_fill(pad_RU, 0.0)
         if num_excluded:
             inside_RS = logits_RU[:, :num_excluded].masked_fill(
                 pad_RU[:, :num_excluded], -torch.inf
@@ -165,7 +171,6 @@ class _SparseLogprobs(torch.autograd.Function):
             ctx.save_for_backward(
                 softmax_RV if keep_softmax else student_RV,
                 ids_RU,
-                pad_RU,
                 mask_R,
                 logprobs_RU,
                 log_tail_R,
@@ -181,14 +186,14 @@ class _SparseLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        kept_RV, ids_RU, pad_RU, mask_R, logprobs_RU, log_tail_R = ctx.saved_tensors
+        kept_RV, ids_RU, mask_R, logprobs_RU, log_tail_R = ctx.saved_tensors
         keep_softmax, num_excluded, sum_vocab, temperature = ctx.settings
-        skip_R = ~mask_R
+        pad_RU, skip_R = ids_RU < 0, ~mask_R
         change = LogitGradient.of(
             gradients[0].masked_fill(pad_RU | skip_R[:, None], 0.0),
             gradients[1].masked_fill(skip_R, 0.0) if num_excluded else None,
             gradients[2].masked_fill(skip_R, 0.0) if sum_vocab else None,
-            ids_RU,
+            _without_padding(ids_RU),
             logprobs_RU.masked_fill(pad_RU | skip_R[:, None], -torch.inf),
             log_tail_R.masked_fill(skip_R, 0.0),
             num_excluded,
@@ -217,7 +222,7 @@ class _SparseLogprobs(torch.autograd.Function):
                 softmax_outside(kept_RV[part], ids_RU[part, :num_excluded], temperature, grad_CV)
                 change.write(grad_CV, part)
                 result_RV[part] = grad_CV
-        return result_RV, None, None, None, None, None, None, None
+        return result_RV, None, None, None, None, None, None
 
 
 @dataclass
@@ -310,7 +315,6 @@ def graph_is_kept() -> bool:
 def _from_plain_operators(
     student_RV: Tensor,
     ids_RU: Tensor,
-    safe_RU: Tensor,
     mask_R: Tensor,
     num_excluded: int,
     sum_vocab: int,
@@ -320,10 +324,16 @@ def _from_plain_operators(
     logits_RV = at_least_float32(student_RV).masked_fill(~mask_R[:, None], 0.0) / temperature
     lse_R = torch.logsumexp(logits_RV, -1)
     skip_RU = (ids_RU < 0) | ~mask_R[:, None]
-    logprobs_RU = (logits_RV.gather(-1, safe_RU) - lse_R[:, None]).masked_fill(skip_RU, 0.0)
+    at_ids_RU = logits_RV.gather(-1, _without_padding(ids_RU))
+    logprobs_RU = (at_ids_RU - lse_R[:, None]).masked_fill(skip_RU, 0.0)
     log_tail_R = total_R = torch.zeros_like(lse_R)
     if num_excluded:
-        outside_RV = logits_RV.scatter(-1, safe_RU[:, :num_excluded], -torch.inf)
+        # Padding marks a column past the vocabulary.
+        num_rows, vocab = logits_RV.shape
+        marks_RS = ids_RU[:, :num_excluded].masked_fill(ids_RU[:, :num_excluded] < 0, vocab)
+        inside_RV = torch.zeros(num_rows, vocab + 1, dtype=torch.bool, device=marks_RS.device)
+        inside_RV = inside_RV.scatter(-1, marks_RS, True)[:, :vocab]
+        outside_RV = logits_RV.masked_fill(inside_RV, -torch.inf)
         log_tail_R = (torch.logsumexp(outside_RV, -1) - lse_R).masked_fill(~mask_R, 0.0)
     if sum_vocab:
         total_R = (logits_RV[:, :sum_vocab].sum(-1) - sum_vocab * lse_R).masked_fill(~mask_R, 0.0)

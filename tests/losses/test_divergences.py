@@ -152,6 +152,21 @@ def test_extreme_rows_stay_finite_and_bounded(function):
             assert gradient.isfinite().all()
 
 
+def test_a_threshold_row_without_a_head_is_all_tail():
+    """Nothing is known exactly: one bucket of mass 1 on either side."""
+    zs = random_logits(1, 2, 8)
+    targets = ThresholdTargets(
+        vocab_size=8,
+        ids=torch.tensor([0, 3, 5, 6, 1, 2]),
+        weights=torch.tensor([0.25] * 4 + [0.6, 0.4], dtype=torch.float64),
+        num_ids=torch.tensor([4, 2]),
+        num_heads=torch.tensor([0, 1]),
+        log_tail=torch.tensor([1.0, 0.4], dtype=torch.float64).log(),
+    )
+    for function in (jsd, tvd):
+        assert function(zs, targets, reduction="none")[0].abs() < 1e-12
+
+
 def test_threshold_targets_use_their_exact_head():
     zt, zs = random_logits(0, 2, 8), random_logits(1, 2, 8)
     log_p = log_softmax64(zt)
