@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from logitstore.record.record import Record
 from logitstore.record.sequences import IGNORE, labels
+from logitstore.spec.signals import HEAD_STEP
 
 __all__ = ["ThresholdEntries", "decode_threshold"]
 
@@ -39,7 +40,8 @@ class ThresholdEntries(NamedTuple):
 
 
 def decode_threshold(record: Record, always_ids: tuple[int, ...]) -> ThresholdEntries:
-    """All entries of a threshold record. Needs the signal's columns, labels and `label_logprob`."""
+    """All entries of a threshold record. Needs the signal's columns and, where the store has
+    labels, those and `label_logprob`."""
     num_positions = record.num_positions
     heads = record["num_heads"].astype(np.int64)
     tails = record["num_tails"].astype(np.int64)
@@ -48,8 +50,10 @@ def decode_threshold(record: Record, always_ids: tuple[int, ...]) -> ThresholdEn
     is_largest = value == 1
 
     label = labels(record)
-    label_probs = np.exp(record["label_logprob"].astype(np.float64))
     has_label = label != IGNORE
+    label_probs = np.zeros(num_positions)
+    if has_label.any():
+        label_probs = np.exp(record["label_logprob"].astype(np.float64))
     known = np.zeros(num_positions)
     if always_ids:
         always = np.exp(record["always_logprobs"].astype(np.float64))
@@ -65,9 +69,10 @@ def decode_threshold(record: Record, always_ids: tuple[int, ...]) -> ThresholdEn
     top = np.maximum(1.0 - known - tail_mass - others, 0.0)
     value[is_largest] = top[head_owner[is_largest]]
 
-    # The largest head stands first even where rounding left another one a larger weight; the label
-    # joins the heads by weight.
-    order = np.lexsort((record["head_ids"], -value, ~is_largest, head_owner))
+    # Ascending steps are descending log-probs, and the largest head, which reads 0, comes first even
+    # where rounding left another one a larger weight. The label joins the heads by weight.
+    steps = np.rint(record["head_logprobs"] / -HEAD_STEP).astype(np.int64)
+    order = np.argsort(head_owner * 65_536 + steps, kind="stable")
     slot = np.empty(len(order), np.int64)
     slot[order] = _index_in_owner(heads)
     ahead = np.bincount(head_owner, value > label_probs[head_owner], num_positions).astype(np.int64)
