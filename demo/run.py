@@ -1,7 +1,7 @@
 """The main job, end to end, on a real model and a real corpus: `make demo`.
 
-    SmolLM2-135M reads the Python documentation once -> a top-64 store -> verified -> one small student
-    trained from it with the labels alone, one with the teacher's record -> demo-out/report.md and .png
+    SmolLM2-135M reads the Python documentation once -> a top-64 store -> verified -> one small
+    student trained from it with the labels alone, one with the teacher's record -> demo-out/report
 
 Every step is a command a user types, printed before it runs. A second run finds its work done.
 """
@@ -53,7 +53,7 @@ def logitstore(*words: str) -> str:
 
 
 def capture(teacher: Path, corpus: list[Path], out: Path) -> dict[str, Any]:
-    """Run the teacher once; figures of the run that did the work, also when it was an earlier one."""
+    """Run the teacher once; returns the figures of the run that did the work."""
     store, figures = out / "store", out / "capture.json"
     answer = json.loads(
         logitstore(

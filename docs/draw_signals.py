@@ -87,7 +87,8 @@ def draw(name: str, title: str, p: torch.Tensor, label: int, layers: list[tuple]
         axes.vlines(ranks[shown], 1e-7, weights[shown], color=colour, lw=1, alpha=0.45)
         axes.plot(ranks[shown], weights[shown], marker, color=colour, ms=4.5, label=note)
     at = int(rank_of[label]) + 1
-    axes.plot([at], [float(p[label])], "D", mfc="none", mec=TRUE_NEXT, ms=9, label="true next token")
+    style = {"mfc": "none", "mec": TRUE_NEXT, "ms": 9, "label": "true next token"}
+    axes.plot([at], [float(p[label])], "D", **style)
     axes.set(xscale="log", yscale="log", xlim=(0.9, RANKS * 1.1), ylim=(2e-6, 20))
     axes.set_xlabel("rank of the id in the teacher's order")
     axes.set_ylabel("probability or weight")

@@ -1,4 +1,4 @@
-"""logitstore: run the teacher once, keep a sparse, honest record, train as many students as you like.
+"""Run the teacher once, keep a sparse, honest record, train as many students as you like.
 
     import logitstore as ls
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from logitstore.spec.version import __version__
 
 # public name -> module that defines it
 _LAZY = {
@@ -24,9 +24,20 @@ _LAZY = {
     "open": "logitstore.store",
     "writer": "logitstore.capture",
 }
-_LAZY_MODULES = ("losses", "signals", "store", "targets")
+_LAZY_MODULES = frozenset({"losses", "signals", "store", "targets"})
 
-__all__ = ["__version__", *_LAZY, *_LAZY_MODULES]
+__all__ = [
+    "LogitDataset",
+    "__version__",
+    "collate",
+    "loader",
+    "losses",
+    "open",
+    "signals",
+    "store",
+    "targets",
+    "writer",
+]
 
 if TYPE_CHECKING:
     from logitstore import losses, signals, store, targets

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "signals": ["spec", "record"],
     "data": BELOW_DATA,
     "corpora": BELOW_DATA,
-    "teachers": BELOW_DATA,
+    "teachers": [*BELOW_DATA, "corpora"],
     "capture": [*BELOW_DATA, "data", "corpora", "teachers"],
     "analysis": [*BELOW_DATA, "data", "corpora", "teachers", "capture"],
     "integrations": [*BELOW_DATA, "data", "corpora", "teachers", "capture", "analysis"],

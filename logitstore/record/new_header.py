@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-import logitstore
 from logitstore.record.schema import aux_fields, build_schema
 from logitstore.spec.document import canonical_json, sha256_hex
 from logitstore.spec.errors import UsageError
@@ -19,6 +18,7 @@ from logitstore.spec.header import (
     TeacherInfo,
     TokenizerInfo,
 )
+from logitstore.spec.version import __version__
 
 __all__ = ["new_header", "now", "software"]
 
@@ -30,7 +30,7 @@ def now() -> str:
 
 def software() -> Software:
     """This version of logitstore, as documents name it."""
-    return Software(name="logitstore", version=logitstore.__version__)
+    return Software(name="logitstore", version=__version__)
 
 
 def new_header(
@@ -44,6 +44,7 @@ def new_header(
     aux: Iterable[str] | None = None,
     lse_at: Iterable[float] = (),
     always_ids: Iterable[int] = (),
+    labelled: bool = True,
     loss_mask: bool = False,
     chunk_positions: int = 2048,
     seed: int = 0,
@@ -53,7 +54,7 @@ def new_header(
     commit_mode: Literal["create-only", "single-writer"] = "create-only",
 ) -> Header:
     """A header with a fresh uuid. `signal` is a spec, `aux` names or None for the signal's
-    defaults.
+    defaults; `labelled` says whether classification samples have labels.
 
     Raises: UsageError unknown-signal, unknown-aux, k-exceeds-vocabulary, bad-argument.
     """
@@ -65,7 +66,7 @@ def new_header(
             got=always,
             expected=f"0..{vocab_size - 1}",
         )
-    names = aux_fields(signal, vocab_size, aux, sample_kind=sample_kind)
+    names = aux_fields(signal, vocab_size, aux, sample_kind=sample_kind, labelled=labelled)
     temperatures = tuple(float(t) for t in lse_at)
     schema = build_schema(
         signal,
@@ -73,6 +74,7 @@ def new_header(
         sample_kind=sample_kind,
         aux=names,
         lse_at=temperatures,
+        labelled=labelled,
         loss_mask=loss_mask,
         num_always=len(always),
     )
