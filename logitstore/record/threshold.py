@@ -69,7 +69,7 @@ def decode_threshold(record: Record, always_ids: tuple[int, ...]) -> ThresholdEn
     top = np.maximum(1.0 - known - tail_mass - others, 0.0)
     value[is_largest] = top[head_owner[is_largest]]
 
-    # Ascending steps are descending log-probs, and the largest head, which reads 0, comes first even
+    # Ascending steps are descending log-probs; the largest head, which reads 0, comes first even
     # where rounding left another one a larger weight. The label joins the heads by weight.
     steps = np.rint(record["head_logprobs"] / -HEAD_STEP).astype(np.int64)
     order = np.argsort(head_owner * 65_536 + steps, kind="stable")
