@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import logsigmoid, relu
+from torch.nn.functional import logsigmoid
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss, require
 from logitstore.losses.positions import Positions, counted_positions
+from logitstore.losses.sparse_logprobs import chunk_rows
 from logitstore.spec.errors import UsageError
 from logitstore.targets import PAD_ID, DenseTargets, Targets, TopKTargets
 from logitstore.targets.dense import at_least_float32
@@ -92,70 +93,93 @@ def dual_head(
             got=f"form={form!r}, temperature={temperature}",
             expected="form 'norm' or 'plain', temperature > 0",
         )
-    divergence = _log_cosh_divergence if form == "norm" else _bernoulli_kl
     dense = isinstance(targets, DenseTargets)
     at = counted_positions(align(student_logits, targets, labels, mask, upcast=dense))
-    if isinstance(at.targets, DenseTargets):
-        teacher_NV = at_least_float32(at.targets.logits).to(at.student_NV.dtype)
+    if dense:
+        assert isinstance(at.targets, DenseTargets)
+        teacher_NV = at.targets.logits.to(at.dtype)
         student_NV = at.student_NV[:, : teacher_NV.shape[-1]]
-        # A match gives 0 in value and gradient.
+        # Equal logits give 0 in value and gradient.
         teacher_NV = torch.where(teacher_NV > -math.inf, teacher_NV, student_NV.detach())
-        sum_N = divergence(student_NV / temperature, teacher_NV / temperature).sum(-1)
+        loss_N = _class_sums(student_NV, teacher_NV, temperature, form)
     else:
-        sum_N = _stored(at, temperature, divergence, one_sided=missing == "one_sided")
-    return at.reduce(temperature**2 * sum_N, reduction, with_count)
+        loss_N = _stored(at, temperature, form, one_sided=missing == "one_sided")
+    return at.reduce(loss_N, reduction, with_count)
 
 
-def _stored(at: Positions, temperature: float, divergence: Any, *, one_sided: bool) -> Tensor:
+def _stored(at: Positions, temperature: float, form: str, *, one_sided: bool) -> Tensor:
     assert isinstance(at.targets, TopKTargets)
-    dtype = at.dtype
     ids_NK = at.targets.ids
     valid_NK = ids_NK != PAD_ID
-    lse_N1 = require(at.targets, "lse", "dual_head").to(dtype)[:, None]
-    student_NK = at.student_NV.gather(-1, ids_NK.clamp_min(0)).to(dtype)
-    raw_NK = at.targets.logprobs.to(dtype) + lse_N1
+    lse_N1 = require(at.targets, "lse", "dual_head").to(at.dtype)[:, None]
+    student_NK = at.student_NV.gather(-1, ids_NK.clamp_min(0)).to(at.dtype)
+    raw_NK = at.targets.logprobs.to(at.dtype) + lse_N1
     teacher_NK = torch.where(valid_NK & (raw_NK > -math.inf), raw_NK, student_NK.detach())
-    sum_N: Tensor = divergence(student_NK / temperature, teacher_NK / temperature).sum(-1)
+    loss_N = _class_sums(student_NK, teacher_NK, temperature, form)
     if one_sided:
         last_N1 = torch.where(valid_NK, raw_NK, math.inf).amin(-1, keepdim=True)
-        excess_NV = relu(at.student_NV[:, : at.targets.vocab_size].to(dtype) - last_N1)
-        excess_NV = excess_NV.scatter_add(
-            -1, ids_NK.clamp_min(0), torch.where(valid_NK, -relu(student_NK - last_N1), 0.0)
-        )
-        last_NV = last_N1.expand_as(excess_NV)
-        sum_N = sum_N + divergence((last_NV + excess_NV) / temperature, last_NV / temperature).sum(
-            -1
-        )
-    return sum_N
+        shared_NV = at.student_NV[:, : at.targets.vocab_size]
+        # A stored id above the last one is matched already; padding repeats the row's first id.
+        stored_NK = torch.where(valid_NK, ids_NK, ids_NK[:, :1])
+        above_NV = (shared_NV.detach() > last_N1).scatter(-1, stored_NK, False)
+        row_E, id_E = above_NV.nonzero(as_tuple=True)
+        excess_E1 = shared_NV[row_E, id_E].to(at.dtype)[:, None]
+        loss_E = _class_sums(excess_E1, last_N1[row_E], temperature, form)
+        loss_N = loss_N.index_add(0, row_E, loss_E)
+    return loss_N
 
 
-def _log_cosh_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    value: Tensor = _LogCosh.apply((student - teacher) / 2)
+def _class_sums(student_NC: Tensor, teacher_NC: Tensor, temperature: float, form: str) -> Tensor:
+    """T^2 sum_c D(student, teacher) of each row, [N]."""
+    value: Tensor = _ClassSums.apply(student_NC, teacher_NC, temperature, form)
     return value
 
 
-class _LogCosh(torch.autograd.Function):
-    """log cosh x with the gradient tanh x, exact near 0 and at any size."""
-
+class _ClassSums(torch.autograd.Function):
+    # Row chunks that fit the cache, and the closed gradient formed on the way: five times faster at
+    # V = 128k as operators over whole [N, V] tensors that each keep a result for the backward pass.
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        size = x.abs()
-        # |x| + log1p(e^-2|x|) - log 2 cancels near 0; log1p(sinh^2)/2 overflows far from it.
-        near = torch.log1p(torch.sinh(size.clamp_max(1.0)).square()) / 2
-        return torch.where(size < 1, near, size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
+    def forward(
+        ctx: Any, student_NC: Tensor, teacher_NC: Tensor, temperature: float, form: str
+    ) -> Tensor:
+        num_rows, width = student_NC.shape
+        sum_N = student_NC.new_empty(num_rows)
+        grad_NC = torch.empty_like(student_NC)
+        # A compiler fuses the operators by itself.
+        compiling = torch.compiler.is_compiling()
+        rows = num_rows if compiling else chunk_rows(num_rows, width, student_NC.device)
+        for start in range(0, num_rows, rows):
+            part = slice(start, min(start + rows, num_rows))
+            divergence = _log_cosh if form == "norm" else _bernoulli_kl
+            value, slope = divergence(
+                student_NC[part] / temperature, teacher_NC[part] / temperature
+            )
+            sum_N[part] = temperature**2 * value.sum(-1)
+            grad_NC[part] = temperature * slope
+        ctx.save_for_backward(grad_NC)
+        return sum_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * torch.tanh(x)
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_NC,) = ctx.saved_tensors
+        return grad_NC * grad_N[:, None], None, None, None
 
 
-def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    yes = torch.sigmoid(teacher) * (logsigmoid(teacher) - logsigmoid(student))
-    no = torch.sigmoid(-teacher) * (logsigmoid(-teacher) - logsigmoid(-student))
-    return yes + no
+def _log_cosh(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """log cosh(u / 2) of the difference u, and its slope."""
+    half = (student - teacher) / 2
+    size = half.abs()
+    # = |x| + log((1 + e^-2|x|) / 2), without overflow and exactly 0 at 0.
+    return size + torch.log1p(torch.expm1(-2 * size) / 2), torch.tanh(half) / 2
+
+
+def _bernoulli_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL between Bernoulli distributions with these logits, and its slope in the student's."""
+    yes = torch.sigmoid(teacher)
+    value = yes * (logsigmoid(teacher) - logsigmoid(student))
+    value = value + torch.sigmoid(-teacher) * (logsigmoid(-teacher) - logsigmoid(-student))
+    return value, torch.sigmoid(student) - yes
 
 
 class AuxiliaryHead(nn.Module):

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss
 from logitstore.losses.positions import (
@@ -125,7 +126,7 @@ def kd_partial(
         else:
             rho_NV = _table_rows(table, at, kind)
         log_q_NV = torch.log_softmax(at.student_NV / student_T, -1)
-        distill_N = -(rho_NV * log_q_NV[:, : rho_NV.shape[-1]]).sum(-1)
+        distill_N = -vecdot(rho_NV, log_q_NV[:, : rho_NV.shape[-1]])
         if student_T != 1:
             log_q_NV = torch.log_softmax(at.student_NV, -1)
         log_q_y_N = log_q_NV.gather(-1, label_N1)[:, 0]

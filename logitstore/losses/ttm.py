@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss, require
 from logitstore.losses.positions import (
@@ -161,9 +162,13 @@ def _tempered_kl(
 def _dense(at: Positions, gamma: float) -> tuple[Tensor, Tensor]:
     assert isinstance(at.targets, DenseTargets)
     teacher_NV = dense_logits(at)
-    log_target_NV = torch.log_softmax(gamma * teacher_NV, -1)
     log_u_N = (gamma * teacher_NV).logsumexp(-1) - gamma * teacher_NV.logsumexp(-1)
-    return _kl_sum(log_target_NV, torch.log_softmax(at.student_NV, -1)), log_u_N
+    log_target_NV = torch.log_softmax(gamma * teacher_NV, -1)
+    target_NV = log_target_NV.exp()
+    # Dot products keep no [N, V] result. 0 log 0 = 0, also for ids that cannot occur.
+    log_target_NV.clamp_(min=torch.finfo(at.dtype).min)
+    log_q_NV = torch.log_softmax(at.student_NV, -1)
+    return vecdot(target_NV, log_target_NV) - vecdot(target_NV, log_q_NV), log_u_N
 
 
 def _stored(
