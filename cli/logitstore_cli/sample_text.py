@@ -10,6 +10,7 @@ import numpy as np
 from logitstore.record.record import Record
 from logitstore.record.sequences import IGNORE, labels
 from logitstore.spec.header import Header
+from logitstore.spec.signals import EMPTY_SLOT
 from logitstore.spec.tokenizer_table import TokenizerTable
 from logitstore.store import Store
 
@@ -31,7 +32,7 @@ def decode_sample(store: Store, sample: int, rows: int | None) -> dict[str, Any]
     record = store.read_chunk(shard, chunk).sample(row)
     header = store.header
     text = _texts(store)
-    ids = record["tokens"] if "tokens" in record else record["label"]
+    tokens = record.get("tokens")
     label = labels(record)
     fields = [name for name in header.stored_fields if name in record]
     length = record.num_positions
@@ -48,8 +49,8 @@ def decode_sample(store: Store, sample: int, rows: int | None) -> dict[str, Any]
         "rows": [
             {
                 "position": position,
-                "id": int(ids[position]),
-                "text": text(int(ids[position])),
+                "id": None if tokens is None else int(tokens[position]),
+                "text": "" if tokens is None else text(int(tokens[position])),
                 "label": None if label[position] == IGNORE else int(label[position]),
                 "label_text": "" if label[position] == IGNORE else text(int(label[position])),
                 "fields": {name: _finite(record[name][position]) for name in fields},
@@ -87,7 +88,7 @@ def _kept(record: Record, header: Header) -> tuple[str | None, Any]:
             *_entries(record, "head_ids", "head_logprobs", p), exp=True
         )
     if kind == "scores":
-        return "score", lambda p: _pairs(*_entries(record, "ids", "scores", p))
+        return "score", lambda p: _pairs(*_given(*_entries(record, "ids", "scores", p)))
     if kind == "dense":
         return "logit", lambda p: _pairs(np.arange(header.vocab_size), record["logits"][p])
     return None, lambda p: []
@@ -100,6 +101,11 @@ def _entries(record: Record, ids: str, values: str, position: int) -> tuple[Any,
         return record[ids][position], record[values][position]
     start, stop = record.group_offsets(column.axis)[position : position + 2]
     return record[ids][start:stop], record[values][start:stop]
+
+
+def _given(ids: Any, scores: Any) -> tuple[Any, Any]:
+    """Candidates without the slots that are empty."""
+    return ids[ids != EMPTY_SLOT], scores[ids != EMPTY_SLOT]
 
 
 def _pairs(

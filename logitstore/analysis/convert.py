@@ -151,6 +151,7 @@ def _plan(plan: Plan, header: Header) -> Plan:
 
 def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"]) -> Header:
     old = store.header
+    labelled = old.sample_kind == "sequence" or old.schema_.column("label") is not None
     kept: set[str] | None = set(old.stored_fields)
     if isinstance(old.signal, DenseSpec) and spec != old.signal:
         kept = None  # everything can be computed from the logits
@@ -174,9 +175,10 @@ def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"]) -> Hea
         sample_kind=old.sample_kind,
         aux=None
         if kept is None
-        else aux_fields(spec, old.vocab_size, kept, sample_kind=old.sample_kind),
+        else aux_fields(spec, old.vocab_size, kept, sample_kind=old.sample_kind, labelled=labelled),
         lse_at=old.lse_at,
         always_ids=old.always_ids,
+        labelled=labelled,
         loss_mask=old.schema_.column("loss_mask") is not None,
         chunk_positions=old.chunk_positions,
         seed=old.seed,

@@ -21,7 +21,7 @@ from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
 
-__all__ = ["Chunker", "SampleEncoder", "sequence_columns"]
+__all__ = ["Chunker", "SampleEncoder", "sample_record", "sequence_columns"]
 
 Columns = dict[str, NDArray[Any]]
 
@@ -104,14 +104,7 @@ class SampleEncoder:
         mask = self._labels_P.numpy() >= 0
         segments = columns.get("segment_ids", np.zeros(len(mask), np.uint16))
         columns = self._encoder.complete(columns, Completion(lengths, segments, mask))
-        names = [key.encode() for key in self._keys]
-        columns["sample_lengths"] = lengths
-        columns["num_sample_key"] = np.array([len(name) for name in names])
-        columns["sample_key"] = np.frombuffer(b"".join(names), np.uint8)
-        schema = self._header.schema_
-        return Record(
-            schema, {c.name: columns[c.name].astype(c.dtype, copy=False) for c in schema.columns}
-        )
+        return sample_record(self._header, self._keys, self._lengths, columns)
 
     def _wrong_number(self) -> TeacherError:
         return TeacherError(
@@ -121,6 +114,23 @@ class SampleEncoder:
             got=self._done,
             expected=len(self._names_P),
         )
+
+
+def sample_record(
+    header: Header, keys: Sequence[str], lengths: Sequence[int], columns: Columns
+) -> Record:
+    """Samples as a record: `columns` with the names and lengths of samples, in stored types."""
+    names = [key.encode() for key in keys]
+    every = {
+        **columns,
+        "sample_lengths": np.asarray(lengths),
+        "num_sample_key": np.array([len(name) for name in names]),
+        "sample_key": np.frombuffer(b"".join(names), np.uint8),
+    }
+    schema = header.schema_
+    return Record(
+        schema, {c.name: every[c.name].astype(c.dtype, copy=False) for c in schema.columns}
+    )
 
 
 class Chunker:

@@ -4,6 +4,8 @@ with logitstore.writer("STORE", signal="topk:64", vocab_size=V) as w:
     for tokens in corpus:
         w.add(tokens, teacher(tokens))
 
+or, for candidates that a teacher scored, `w.add_scores(ids, scores)`.
+
 Every session is a plan of its own; shards are committed when they are large enough and at the end.
 
 Letters: T positions of a sample, V vocabulary.
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from logitstore.capture.chunks import Chunker, Columns, SampleEncoder
+from logitstore.capture.scores import scores_record
 from logitstore.corpora import labels_of
 from logitstore.corpora.tokenizer import table_of
 from logitstore.record import Record
@@ -54,6 +57,7 @@ def writer(
     teacher: str = "push",
     lse_at: Iterable[float] = (),
     always_ids: Iterable[int] = (),
+    labelled: bool = True,
     loss_mask: bool = False,
     seed: int = 0,
     chunk_positions: int = 2048,
@@ -72,6 +76,7 @@ def writer(
             readers show text, and refuse students with another tokenizer.
         bos, bos_id: what the tokens begin with, for the record.
         teacher: a name, for the record.
+        labelled: classification samples come with a label.
         loss_mask: samples come with a mask.
         shard_positions: a shard is committed when it holds so many positions (or 256 MB).
         configuration: whatever else decides the logits; a store is continued only if it is equal.
@@ -79,6 +84,22 @@ def writer(
     Raises: UsageError; CommitError configuration-changed, store-sealed; StorageError.
     """
     spec = parse_signal(signal) if isinstance(signal, str) else signal
+    if spec.kind == "scores" and sample_kind == "sequence":
+        raise UsageError(
+            "bad-argument",
+            "scores of given candidates belong to an anchor, not to the tokens of a sequence",
+            where="writer",
+            got=f"signal {spec} with sample_kind='sequence'",
+            expected="sample_kind='classification': a sample is an anchor",
+        )
+    if sample_kind == "sequence" and not labelled:
+        raise UsageError(
+            "bad-argument",
+            "labels of a sequence are its own next tokens",
+            where="writer",
+            got="labelled=False",
+            expected="labelled=False with sample_kind='classification' only",
+        )
     table = _table_of(tokenizer)
     info = None
     if table is not None:
@@ -100,6 +121,7 @@ def writer(
             "vocab_size": vocab_size,
             "aux": None if aux is None else sorted(aux),
             "sample_kind": sample_kind,
+            **({} if labelled else {"labelled": False}),
             "container": container,
             "tokenizer": None if table is None else table.fingerprint,
             "lse_at": list(temperatures),
@@ -115,6 +137,7 @@ def writer(
         aux=aux,
         lse_at=temperatures,
         always_ids=always,
+        labelled=labelled,
         loss_mask=loss_mask,
         chunk_positions=chunk_positions,
         seed=seed,
@@ -139,7 +162,8 @@ class PushWriter:
         self._store = store
         self.header = store.header
         self._plan = store.add_push_plan()
-        self._encoder = encoder(self.header)
+        scores = self.header.signal.kind == "scores"
+        self._encoder = None if scores else encoder(self.header)
         self._chunker = Chunker(self.header.chunk_positions)
         self._shard_positions = shard_positions
         self._attempt: ShardAttempt | None = None
@@ -178,7 +202,8 @@ class PushWriter:
         """Add one sample. A sample that is refused leaves the writer as it was.
 
         Args:
-            tokens: integers [T]; for classification the label, one integer.
+            tokens: integers [T]; for classification the label, one integer, or None in a store
+                without labels.
             logits: raw logits [T, V] ([V] for classification), torch (any device) or numpy; row t
                 is over token t + 1 of the same segment.
             segment_ids: integers [T] in ascending order, documents packed into one sample; None:
@@ -190,14 +215,9 @@ class PushWriter:
         Raises: TargetsError wrong-length, token-out-of-range; TeacherError teacher-nonfinite,
         teacher-shape; UsageError bad-argument; CaptureError writer-closed; StorageError.
         """
-        if not self._open:
-            raise CaptureError(
-                "writer-closed",
-                "the writer was closed and takes no more samples",
-                where=self._store.location,
-                hint="open another one; it continues the same store",
-            )
-        key = sample_key or f"push/{self._plan.number}/{self._added}"
+        key = self._next_key(sample_key)
+        if self._encoder is None:
+            raise self._wrong_method("add", "add_scores(ids, scores)")
         if isinstance(logits, np.ndarray) and not logits.flags.writeable:
             logits = logits.copy()  # torch would warn that it cannot forbid writing
         logits_TV = torch.as_tensor(logits)
@@ -213,7 +233,62 @@ class PushWriter:
             columns=columns,
         )
         work.add(logits_TV.reshape(len(labels_T), -1))
-        record = work.record()
+        self._take(work.record())
+
+    def add_scores(
+        self, ids: Any, scores: Any, *, label: int | None = None, sample_key: str | None = None
+    ) -> None:
+        """Add one anchor with the candidates that the teacher scored, for a `scores` store.
+
+        A sample that is refused leaves the writer as it was.
+
+        Args:
+            ids: integers [C], candidates (context nodes, answers); C at most the signal's number
+                of slots. Slots left over are empty: no loss looks at them.
+            scores: finite raw scores [C], torch or numpy.
+            label: the right candidate's id, in a store with labels; else None.
+            sample_key: stable name of the anchor, unique in the store; None: session and number.
+
+        Raises: TargetsError wrong-length, token-out-of-range; TeacherError teacher-nonfinite;
+        UsageError bad-argument; CaptureError writer-closed; StorageError.
+        """
+        key = self._next_key(sample_key)
+        if self._encoder is not None:
+            raise self._wrong_method("add_scores", "add(tokens, logits)")
+        self._check_labelled(key, label)
+        self._take(scores_record(self.header, key, ids, scores, label))
+
+    def _next_key(self, sample_key: str | None) -> str:
+        if not self._open:
+            raise CaptureError(
+                "writer-closed",
+                "the writer was closed and takes no more samples",
+                where=self._store.location,
+                hint="open another one; it continues the same store",
+            )
+        return sample_key or f"push/{self._plan.number}/{self._added}"
+
+    def _wrong_method(self, used: str, right: str) -> UsageError:
+        return UsageError(
+            "bad-argument",
+            f"{used} does not fit the store's signal",
+            where=self._store.location,
+            got=f"signal {self.header.signal}",
+            expected=right,
+        )
+
+    def _check_labelled(self, key: str, label: Any) -> None:
+        labelled = self.header.schema_.column("label") is not None
+        if labelled != (label is not None):
+            raise UsageError(
+                "bad-argument",
+                f"this store keeps {'a label for every sample' if labelled else 'no labels'}",
+                where=f"sample {key}",
+                got="no label" if labelled else f"label {label!r}",
+                hint="decide it for all samples, in writer(...): labelled",
+            )
+
+    def _take(self, record: Record) -> None:
         self._added += 1
         for chunk in self._chunker.add(record):
             self._write(chunk)
@@ -262,6 +337,10 @@ class PushWriter:
     ) -> tuple[Columns, Any]:
         """Columns that are not encoded, and labels [T]."""
         sequence = self.header.sample_kind == "sequence"
+        if not sequence:
+            self._check_labelled(key, tokens)
+        labelled = tokens is not None
+        tokens = tokens if labelled else 0
         ids = np.atleast_1d(_integers(tokens, "tokens", key))
         rows = logits.shape[0] if sequence and logits.ndim == 2 else 1
         if ids.ndim != 1 or len(ids) != rows or not len(ids) or logits.ndim != 1 + sequence:
@@ -292,7 +371,7 @@ class PushWriter:
                 expected=f"0 to {vocab_size - 1}",
             )
         if not sequence:
-            return {"label": ids}, ids
+            return ({"label": ids}, ids) if labelled else ({}, np.array([-1]))
         segments = np.zeros(len(ids), np.int64)
         if segment_ids is not None:
             segments = _integers(segment_ids, "segment_ids", key)

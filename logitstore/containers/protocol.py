@@ -15,6 +15,7 @@ from logitstore.spec.commit import ChunkRow, Commit, Layout
 from logitstore.spec.errors import FormatError, IntegrityError, UsageError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
+from logitstore.spec.signals import EMPTY_SLOT
 
 __all__ = [
     "MAX_ARRAY_BYTES",
@@ -221,6 +222,8 @@ def check_values(record: Record, header: Header, where: str) -> None:
     """
     for name in _ID_COLUMNS:
         ids = record.get(name)
+        if ids is not None and header.signal.kind == "scores":
+            ids = ids[ids != EMPTY_SLOT]
         if ids is not None and ids.size and int(ids.max()) >= header.vocab_size:
             raise malformed(
                 where,

@@ -131,7 +131,10 @@ def _parse(entry: Sequence[Any], header: Header) -> Condition:
 
 def _fields(header: Header) -> list[str]:
     fields = ["length", "sample_key"]
-    fields += ["labels"] if header.sample_kind == "sequence" else ["label"]
+    if header.sample_kind == "sequence":
+        fields.append("labels")
+    elif header.schema_.column("label") is not None:
+        fields.append("label")
     structure = {"tokens", "segment_ids", "loss_mask", "label"}
     for column in header.schema_.columns:
         if column.axis == "position" and not column.inner and column.name not in structure:

@@ -33,6 +33,7 @@ _AUX_DTYPE: dict[str, Any] = {
 }
 
 _SEQUENCE_ONLY = {"byte_end"}
+_LABELLED_ONLY = {"label_logprob", "label_rank"}
 
 
 def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
@@ -177,22 +178,30 @@ def layout_of(signal: Any, vocab_size: int) -> _Layout:
 
 
 def aux_fields(
-    signal: Any, vocab_size: int, requested: Iterable[str] | None, *, sample_kind: str
+    signal: Any,
+    vocab_size: int,
+    requested: Iterable[str] | None,
+    *,
+    sample_kind: str,
+    labelled: bool = True,
 ) -> tuple[str, ...]:
     """The aux fields a store will have, in stored order.
 
     Args:
         requested: names, or None for the signal's defaults. `label_logprob` is always there for
             sequences: load-time probes need it.
+        labelled: whether classification samples have labels.
 
     Raises: UsageError unknown-aux.
     """
     _, _, defaults, impossible = layout_of(signal, vocab_size)
-    names = set(defaults if requested is None else requested)
+    if sample_kind != "sequence":
+        impossible |= _SEQUENCE_ONLY
+    if not labelled:
+        impossible |= _LABELLED_ONLY
+    names = set(defaults) - impossible if requested is None else set(requested)
     unknown = names - set(AUX_FIELDS)
-    refused = (names & impossible) | (
-        names & _SEQUENCE_ONLY if sample_kind != "sequence" else set()
-    )
+    refused = names & impossible
     if unknown or refused:
         bad = ", ".join(sorted(unknown | refused))
         allowed = [f for f in AUX_FIELDS if f not in impossible]
@@ -205,7 +214,7 @@ def aux_fields(
             if "top1_logprob" in refused
             else None,
         )
-    if sample_kind == "sequence" or signal.kind == "threshold":
+    if sample_kind == "sequence" or (signal.kind == "threshold" and labelled):
         # Probes need it for sequences; a threshold record does not store the label's probability
         # twice.
         names.add("label_logprob")
@@ -219,6 +228,7 @@ def build_schema(
     sample_kind: Literal["sequence", "classification"],
     aux: Iterable[str],
     lse_at: Iterable[float] = (),
+    labelled: bool = True,
     loss_mask: bool = False,
     num_always: int = 0,
 ) -> Schema:
@@ -227,6 +237,7 @@ def build_schema(
     Args:
         aux: as `aux_fields` returned them.
         lse_at: temperatures; column `lse_at_<i>` per temperature.
+        labelled: classification samples have labels.
         loss_mask: store a mask; without it the mask follows from the segments (last row of each is
             0).
         num_always: number of control tokens stored at every position.
@@ -241,7 +252,7 @@ def build_schema(
     if sample_kind == "sequence":
         columns.append(Column(name="tokens", dtype=ids, axis="position"))
         columns.append(Column(name="segment_ids", dtype="uint16", axis="position"))
-    else:
+    elif labelled:
         columns.append(Column(name="label", dtype=ids, axis="position"))
     if loss_mask:
         columns.append(Column(name="loss_mask", dtype="bool", axis="position"))

@@ -1,5 +1,7 @@
 """What follows from tokens and segments: labels, masks, position ids. Derived, never stored.
 
+A classification record has no tokens: its label, if the corpus has labels, is a column.
+
 Row t of a sequence is the teacher's distribution over token t + 1 of the same segment, so labels[t]
 is tokens[t + 1] and nothing is ever shifted afterwards. The last row of a segment predicts nothing.
 """
@@ -20,10 +22,11 @@ IGNORE = -100
 def has_label(record: Record) -> NDArray[np.bool_]:
     """bool [P]: the next position belongs to the same sample and segment.
 
-    A classification record has a label at every position.
+    A classification record has a label at every position, or at none.
     """
-    if "label" in record:
-        return np.ones(record.num_positions, np.bool_)
+    if _is_classification(record):
+        labelled = record.schema.column("label") is not None
+        return np.full(record.num_positions, labelled, np.bool_)
     out = np.zeros(record.num_positions, np.bool_)
     if record.num_positions:
         segment = record["segment_ids"]
@@ -33,20 +36,24 @@ def has_label(record: Record) -> NDArray[np.bool_]:
 
 
 def labels(record: Record) -> NDArray[np.int64]:
-    """int64 [P]: the next token, or -100 on the last row of each segment; the class for
-    classification."""
-    if "label" in record:
-        return record["label"].astype(np.int64)
+    """int64 [P]: the next token, or -100 on the last row of each segment; for classification the
+    class, or -100 where the corpus has no labels."""
     out = np.full(record.num_positions, IGNORE, np.int64)
+    if _is_classification(record):
+        return record["label"].astype(np.int64) if has_label(record).any() else out
     rows = np.flatnonzero(has_label(record))
     out[rows] = record["tokens"][rows + 1]
     return out
 
 
 def loss_mask(record: Record) -> NDArray[np.bool_]:
-    """bool [P]: rows that count. The stored mask where there is one, and never a row without a
-    label."""
-    mask = has_label(record)
+    """bool [P]: rows that count. The stored mask where there is one, and never a row of a sequence
+    without a label; a teacher's answer about an image counts whether the image has a label or
+    not."""
+    if _is_classification(record):
+        mask = np.ones(record.num_positions, np.bool_)
+    else:
+        mask = has_label(record)
     stored = record.get("loss_mask")
     return mask if stored is None else mask & stored
 
@@ -61,3 +68,7 @@ def position_ids(record: Record) -> NDArray[np.int64]:
         segment = record["segment_ids"]
         starts[1:] |= segment[1:] != segment[:-1]
     return index - np.maximum.accumulate(np.where(starts, index, 0))
+
+
+def _is_classification(record: Record) -> bool:
+    return record.schema.column("tokens") is None

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.record.record import Record
-from logitstore.record.sequences import loss_mask
+from logitstore.record.sequences import has_label, loss_mask
 from logitstore.spec.statistics import CumulativeMass, Histogram, Measure, Reliability, Statistics
 
 __all__ = ["RELIABILITY_BINS", "merge", "statistics_of"]
@@ -34,7 +34,7 @@ def statistics_of(record: Record) -> Statistics:
     Measures: entropy, top1_prob, kept_mass and num_ids over all positions; label_logprob and
     label_rank_log2 (log2 of 1 + rank) over positions whose loss_mask is 1.
     """
-    mask = loss_mask(record)
+    mask = loss_mask(record) & has_label(record)
     values = dict(_position_values(record))
     for name, column in (("label_logprob", "label_logprob"), ("label_rank_log2", "label_rank")):
         if column in record:

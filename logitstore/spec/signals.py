@@ -22,6 +22,7 @@ from logitstore.spec.document import Strict
 from logitstore.spec.errors import UsageError
 
 __all__ = [
+    "EMPTY_SLOT",
     "DenseSpec",
     "GraphSpec",
     "SampledSpec",
@@ -36,6 +37,9 @@ MAX_IDS = 65_535
 
 # Edges kept per segment of a vocabulary-form graph, times k.
 GRAPH_EDGES_PER_NODE = 8
+
+# Id of a candidate slot of `scores` that a sample leaves empty.
+EMPTY_SLOT = 0xFFFFFFFF
 
 # Step of threshold head log-probs, nats.
 HEAD_STEP = 1 / 64

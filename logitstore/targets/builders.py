@@ -12,7 +12,7 @@ from torch import Tensor
 from logitstore.record import Record
 from logitstore.record.threshold import decode_threshold
 from logitstore.spec.header import Header
-from logitstore.spec.signals import SampledSpec
+from logitstore.spec.signals import EMPTY_SLOT, SampledSpec
 from logitstore.targets.base import PAD_ID, pad_rows
 from logitstore.targets.context import GraphTargets, ScoresTargets
 from logitstore.targets.dense import DenseTargets
@@ -85,9 +85,8 @@ def graph(record: Record, header: Header, common: Common) -> GraphTargets:
 
 def scores(record: Record, header: Header, common: Common) -> ScoresTargets:
     """Candidate ids and raw scores."""
-    # The largest uint32 marks a candidate slot that was left empty.
     ids = record["ids"].astype(np.int64)
-    ids[ids == np.iinfo(np.uint32).max] = PAD_ID
+    ids[ids == EMPTY_SLOT] = PAD_ID
     return ScoresTargets(ids=torch.from_numpy(ids), scores=as_float32(record["scores"]), **common)
 
 

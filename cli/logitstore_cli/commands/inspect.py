@@ -112,19 +112,23 @@ def _print_sample(out: Output, decoded: dict[str, Any]) -> None:
         f"{decoded['length']:,} positions, shard {decoded['shard']}, chunk {decoded['chunk']}"
     )
     fields = decoded["fields"]
+    # A classification sample has one position and no tokens; without labels it has neither.
+    has_token = any(row["id"] is not None for row in decoded["rows"])
+    has_label = has_token or any(row["label"] is not None for row in decoded["rows"])
+    names = ["token"] * has_token + ["position"] + ["label"] * has_label
     table = []
     for row in decoded["rows"]:
         kept = "  ".join(f"{_visible(out, e['text'])} {e['value']:.3g}" for e in row["kept"][:4])
         table.append(
             [
-                _visible(out, row["text"]),
+                *[_visible(out, row["text"])] * has_token,
                 str(row["position"]),
-                _visible(out, row["label_text"]),
+                *[_visible(out, row["label_text"])] * has_label,
                 *(f"{row['fields'][name]:.4g}" for name in fields),
                 kept,
             ]
         )
-    out.table(["token", "position", "label", *fields, decoded["kept_value"] or ""], table)
+    out.table([*names, *fields, decoded["kept_value"] or ""], table)
     if decoded["length"] > len(decoded["rows"]):
         out.data(f"... and {decoded['length'] - len(decoded['rows']):,} more (--rows)")
 
