@@ -109,10 +109,10 @@ def train_student(
 
 
 def gradient_of(student: Student, lesson: Lesson, windows: Sequence[Window]) -> Tensor:
-    """Gradient of the mean loss over all windows with respect to W."""
+    """Gradient with respect to W of the mean loss over every second window."""
     student.weight_Vd.grad = None
-    for number, window in enumerate(windows):
-        (lesson.loss(student.logits(number), number, window) / len(windows)).backward()
+    for number, window in list(enumerate(windows))[::2]:
+        lesson.loss(student.logits(number), number, window).backward()
     assert student.weight_Vd.grad is not None
     return student.weight_Vd.grad.clone()
 

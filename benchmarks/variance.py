@@ -32,21 +32,9 @@ from logitstore.spec.signals import SampledSpec, ThresholdSpec, parse_signal
 from logitstore.targets import Targets, from_records
 
 WINDOWS_A_CHUNK = 4
-RSKD = ("8", "16", "30", "50", "100", "200", "400")
-THRESHOLD = (
-    "1/8",
-    "1/13",
-    "1/20",
-    "1/30",
-    "1/36",
-    "1/40",
-    "1/45",
-    "1/50",
-    "1/80",
-    "1/150",
-    "1/300",
-)
-TOPK = ("2", "4", "8", "12", "20", "36", "72")
+RSKD = ("8", "16", "30", "50", "150", "400")
+THRESHOLD = ("1/13", "1/24", "1/36", "1/40", "1/45", "1/50", "1/80", "1/200")
+TOPK = ("2", "6", "10", "24", "72")
 TREATMENTS = ("ghost", "none", "renormalize", "uniform", "label")
 
 
@@ -259,7 +247,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     tiny = options.tiny
     rows = Rows(tiny_rows() if tiny else cached_rows("smollm2", 8, 512))
-    features, epochs, seeds = (8, 2, 2) if tiny else (128, 4, options.seeds)
+    features, epochs, seeds = (8, 2, 2) if tiny else (96, 3, options.seeds)
 
     half_taught, _, _ = train_student(
         Lesson(None), rows.windows, [0], features=features, epochs=1, seed=99

@@ -37,6 +37,31 @@ ids and differ in what they ask of the student elsewhere.
 """
 
 
+BIAS = """\
+Bias: the mean of {draws} draws at {positions} positions against p, less what the draws' own spread
+explains, in units of RS-KD 50's error; ± one standard error. The variance of every id is compared
+in closed form, roundings included.
+"""
+
+ROUNDING = """\
+The steps are rounded at random so that probabilities are right on average; float16 of the label's
+log-prob is a fixed rounding, the only bias there is.
+"""
+
+SETTINGS = """\
+Angle and norm ratio: gradient of a half-taught student's weights over half of the positions against
+full KD's; for the unbiased signals this is noise that falls with the square root of the number of
+positions. Sum Var/p weighs the far tail, where theory promises threshold sampling no gain. RS-KD
+with 50 draws takes {size:.2f} bytes.
+"""
+
+STUDENTS = """\
+A linear layer over {features} fixed projections of the teacher's last hidden state, {epochs} epochs
+over three quarters of the windows, held out the rest; mean ± standard deviation over {seeds} seeds
+(draws of the record and order of the windows).
+"""
+
+
 def family(arms: Sequence[Any], name: str) -> list[Any]:
     kind, missing = FAMILIES[name]
     return [a for a in arms if a.signal.startswith(kind) and a.missing == missing]
@@ -98,14 +123,7 @@ def page(result: dict[str, Any], arms: Sequence[Any], at: Callable[..., float | 
         lines.append([name, str(worse), "0", "met" if worse == 0 else "MISSED"])
     out += table(["what", "measured", "required", ""], lines)
     first = next(iter(checks["unbiased"].values()))
-    out += [
-        "",
-        f"Bias: the mean of {first['draws']} draws at {first['positions']} positions against p,",
-    ]
-    out += [
-        "less what the draws' own spread explains, in units of RS-KD 50's error; ± one standard"
-    ]
-    out += ["error. Variance of every id is compared in closed form, roundings included."]
+    out += ["", BIAS.format(draws=first["draws"], positions=first["positions"])]
     out += ["", "## What rounding adds to threshold records", ""]
     keys = ("error", "steps of 1/64, share", "float16 label, share")
     lines = [
@@ -113,8 +131,7 @@ def page(result: dict[str, Any], arms: Sequence[Any], at: Callable[..., float | 
         for tau, f in checks["rounding"].items()
     ]
     out += table(["tau", "error without rounding", "steps of 1/64 nat", "float16 label"], lines)
-    out += ["", "The steps are rounded at random so that probabilities are right on average; the"]
-    out += ["float16 of the label's log-prob is a fixed rounding, the only bias there is."]
+    out += ["", ROUNDING]
     out += ["", "## Error at equal bytes", "", "Interpolated between the settings measured.", ""]
     lines = []
     for name in FAMILIES:
@@ -127,15 +144,7 @@ def page(result: dict[str, Any], arms: Sequence[Any], at: Callable[..., float | 
         ratio.append("" if None in pair else f"**{pair[0] / pair[1]:.2f}**")  # type: ignore[operator]
     lines.append(["threshold / RS-KD", *ratio])
     out += table(["B/token", *map(str, BUDGETS)], lines)
-    out += ["", "## Every setting", ""]
-    out += ["Angle and norm ratio: gradient of a half-trained student's weights over all positions"]
-    out += [
-        "against full KD's; for the unbiased signals this is noise that falls with the square root"
-    ]
-    out += [
-        "of the number of positions. Sum Var/p weighs the far tail, where theory promises threshold"
-    ]
-    out += [f"sampling no gain. Bytes of RS-KD 50: {rskd.bytes_per_token:.2f}.", ""]
+    out += ["", "## Every setting", "", SETTINGS.format(size=rskd.bytes_per_token)]
     lines = [
         [
             a.signal + (f", {a.missing}" if a.missing else ""),
@@ -152,18 +161,7 @@ def page(result: dict[str, Any], arms: Sequence[Any], at: Callable[..., float | 
     ]
     head = ["signal", "B/token", "ids", "error of one draw", "expected", "bias norm"]
     out += table([*head, "sum Var/p", "angle, deg", "norm ratio"], lines)
-    setting = result["student"]
-    out += ["", "## What it is worth: a student per arm", ""]
-    out += [
-        f"A linear layer over {setting['features']} fixed projections of the teacher's last hidden"
-    ]
-    out += [
-        f"state, {setting['epochs']} epochs over three quarters of the windows, held out the rest;"
-    ]
-    out += [
-        f"mean ± standard deviation over {setting['seeds']} seeds (draws of the record and order"
-    ]
-    out += ["of the windows).", ""]
+    out += ["", "## What it is worth: a student per arm", "", STUDENTS.format(**result["student"])]
     lines = []
     for name, found in result["students"].items():
         values = np.array(found)
