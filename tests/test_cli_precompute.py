@@ -338,7 +338,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
             process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
         assert process.returncode == (130 if stuck else 0)
-        assert ("resume like this" in err) == (stuck and not twice)
+        if not twice:  # the second press may meet either thread first
+            assert ("resume like this" in err) == stuck
 
 
 def test_workers_end_with_a_parent_that_was_killed(corpus, tmp_path, monkeypatch):

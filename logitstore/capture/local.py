@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -29,8 +30,8 @@ from logitstore.teachers import TeacherOptions, load_teacher
 
 __all__ = ["Job", "run_local"]
 
-# A worker that is told to end gets so long before it is killed; Ctrl-C promises two seconds in all.
-_GRACE_S = 1.0
+# Workers that are told to end are killed after so long; Ctrl-C promises two seconds in all.
+_GRACE_S = 0.7
 
 # Kind of teacher -> what its workers share instead of importing it each.
 _HEAVY = {"hf": ("logitstore.teachers.causal_lm", "transformers.models.auto.modeling_auto")}
@@ -125,12 +126,13 @@ def _end(pool: Sequence[tuple[BaseProcess, Connection]]) -> None:
     for process, _ in pool:
         if process.is_alive():
             process.terminate()
-    wait([process.sentinel for process, _ in pool], _GRACE_S)
+    until_s = time.monotonic() + _GRACE_S
+    for process, _ in pool:
+        process.join(max(0.0, until_s - time.monotonic()))
     for process, conn in pool:
-        process.join(_GRACE_S / len(pool))
         if process.is_alive():
             process.kill()
-            process.join()
+        process.join()
         conn.close()
 
 

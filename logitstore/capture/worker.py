@@ -125,9 +125,9 @@ def capture_shards(
             back.put(_End(forward.notes))
         back.finish()
     except BaseException:
-        back.stop()
-        for attempt in attempts:
-            attempt.abandon()
+        if back.stop():
+            for attempt in attempts:
+                attempt.abandon()
         raise
 
 
@@ -253,10 +253,11 @@ class _WritingThread:
         if self._error is not None:
             raise self._error
 
-    def stop(self) -> None:
-        """Give up the shard in work; returns within about a second."""
+    def stop(self) -> bool:
+        """Give up the shard in work; whether the thread ended within half a second."""
         self._stopping.set()
-        self._thread.join(1.0)
+        self._thread.join(0.5)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         # A new thread begins with as many threads of its own as the machine has cores.

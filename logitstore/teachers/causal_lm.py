@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logitstore.corpora import FastTokenizer, Sample
+from logitstore.corpora import FastTokenizer, Sample, Tokenizer
 from logitstore.spec.errors import TeacherError, UsageError
 from logitstore.spec.header import TeacherInfo
 from logitstore.teachers.base import TeacherOptions, block_rows, device_of
@@ -42,7 +42,7 @@ class CausalLM:
     """A transformers causal language model with its tokenizer."""
 
     def __init__(
-        self, name: str, folder: Path, model: Any, tokenizer: FastTokenizer, threads: int
+        self, name: str, folder: Path, model: Any, tokenizer: Tokenizer, threads: int
     ) -> None:
         self._name = name
         self._folder = folder

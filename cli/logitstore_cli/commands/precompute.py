@@ -161,14 +161,11 @@ def precompute(
         where=settings.out,
         hint=f"continue with: {_typed(ctx)}",
     )
-    try:
-        with interruptible(f"Error: {stopped.message}"):
-            if dry_run:
-                _dry_run(out, settings, as_json)
-            else:
-                _capture(out, settings, progress, as_json)
-    except KeyboardInterrupt:
-        raise stopped from None
+    with interruptible(f"Error: {stopped.message}"):
+        if dry_run:
+            _dry_run(out, settings, as_json)
+        else:
+            _capture(out, settings, progress, as_json)
 
 
 command = precompute
