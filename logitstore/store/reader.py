@@ -38,7 +38,7 @@ from logitstore.store.location import Location
 from logitstore.store.lru import ProcessLRU
 from logitstore.store.snapshot import Snapshot
 
-__all__ = ["ShardView", "Store", "open_store", "rows_of", "sum_column_bytes", "unsealed_on_http"]
+__all__ = ["ShardView", "Store", "open_store", "sum_column_bytes", "unsealed_on_http"]
 
 # Chunk rows of cached commits; each takes about half a kilobyte.
 MAX_CACHED_ROWS = 200_000
@@ -88,7 +88,7 @@ def open_store(
     if index is None:
         if backend.location.kind == "http":
             raise unsealed_on_http(backend)
-        rows = rows_of(backend, header, None if snapshot is None else snapshot.commits)
+        rows = _rows_of(backend, header, None if snapshot is None else snapshot.commits)
     else:
         rows = index.shards
         if snapshot is not None:
@@ -106,7 +106,7 @@ def unsealed_on_http(backend: Backend) -> IntegrityError:
     )
 
 
-def rows_of(
+def _rows_of(
     backend: Backend, header: Header, pairs: Collection[tuple[str, int]] | None
 ) -> tuple[IndexRow, ...]:
     """Rows of an unsealed store: of these commits, or of the highest generation of every shard."""

@@ -114,7 +114,7 @@ class StoreWriter:
         self._backend = backend
         self._header_sha256 = header_sha256
         self._marker: str | None = None
-        self.check_not_sealed()
+        _check_not_sealed(self._backend)
         if header.commit_mode == "single-writer":
             backend.use_single_writer()
             self._mark_writer()
@@ -214,7 +214,7 @@ class StoreWriter:
             raise UsageError(
                 "bad-argument", "shard is not of this plan", got=shard, expected=plan.number
             )
-        self.check_not_sealed()
+        _check_not_sealed(self._backend)
         if self._backend.size(commit_key(shard, generation)) is not None:
             raise _already_committed(f"{self.location}/{commit_key(shard, generation)}")
         return ShardAttempt(self._backend, self.header, shard, plan, generation)
@@ -258,10 +258,6 @@ class StoreWriter:
         present = load_index(self._backend, header, self._header_sha256)
         assert present is not None
         return present
-
-    def check_not_sealed(self) -> None:
-        """Raises: CommitError store-sealed."""
-        _check_not_sealed(self._backend)
 
     def _check_tables(self) -> None:
         for table in self.header.tables:
