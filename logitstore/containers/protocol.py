@@ -35,7 +35,7 @@ __all__ = [
 # float16 logits over 262,144 ids reach it exactly.
 MAX_ARRAY_BYTES = 1 << 30
 
-_ID_COLUMNS = ("tokens", "label", "ids", "head_ids", "tail_ids")
+_ID_COLUMNS = ("tokens", "label", "ids", "head_ids", "tail_ids", "node_ids", "edge_ids")
 
 
 @dataclass(frozen=True)
