@@ -313,7 +313,7 @@ def _read_in_child(opened: store.Store, results) -> None:
 def test_a_forked_child_is_told_instead_of_hanging(bucket):
     store_push.push(bucket, "zarr")
     opened = store.open(bucket)
-    for method, expected in (("fork", "fork-unsafe"), ("forkserver", "read")):
+    for method, expected in (("fork", "fork-unsafe"), ("spawn", "read")):
         context = multiprocessing.get_context(method)
         results = context.SimpleQueue()
         process = context.Process(target=_read_in_child, args=(opened, results))
