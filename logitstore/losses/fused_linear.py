@@ -145,16 +145,6 @@ def _under_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def head_rows(num_rows: int, vocab: int, device: torch.device) -> int:
-    """Rows of logits that exist at a time: 2^25 values on a CPU, 2^26 elsewhere.
-
-    Enough rows for the matrix products to run at full speed (256 at V = 128k), and for the weight's
-    gradient, which every chunk reads and writes, not to dominate.
-    """
-    values = 2**25 if device.type == "cpu" else 2**26
-    return max(1, min(num_rows, values // vocab))
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _apply(*args: Any) -> Any:
     """A chunked loop with matrix products inside gains nothing from the compiler."""
@@ -190,7 +180,7 @@ class _FusedLinear(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if wanted.weight else None
         grad_bias_V = weight_VD.new_zeros(vocab, dtype=dtype) if wanted.bias else None
         total = hidden_RD.new_zeros((), dtype=dtype)
-        rows = head_rows(num_rows, shard.largest, hidden_RD.device)
+        rows = chunk_rows(num_rows, shard.largest, hidden_RD.device)
         # Ids that are not here are read and written in the columns past the end; 16 of them keep
         # rows aligned for the matrix products.
         buffer_CV = hidden_RD.new_empty((rows, vocab + 16), dtype=dtype)
@@ -256,19 +246,13 @@ class _FusedLinear(torch.autograd.Function):
 
 def _loss_and_gradient(padded_CV: Tensor, target: SparseTarget, shard: VocabularyShard) -> Tensor:
     """Loss [C] of logits [C, V + 16], which become their gradient."""
-    num_rows, width = padded_CV.shape
     num_excluded = target.num_excluded
     local_CU = shard.local(target.ids)
     here_CU = local_CU < shard.size
     sum_vocab = 0 if target.background is None else shard.num_below(target.vocab_size)
     logits_CU = padded_CV.gather(-1, local_CU).masked_fill(~here_CU, 0.0)
     total_C = padded_CV[:, :sum_vocab].sum(-1)
-    log_here_C = torch.empty_like(total_C)
-    step = chunk_rows(num_rows, width, padded_CV.device)
-    for start in range(0, num_rows, step):
-        part = slice(start, min(start + step, num_rows))
-        rows_CV = padded_CV[part]
-        log_here_C[part] = softmax_outside(rows_CV, local_CU[part, :num_excluded], 1.0, rows_CV)
+    log_here_C = softmax_outside(padded_CV, local_CU[:, :num_excluded], 1.0, padded_CV)
     # What all ranks know: the logits at the ids, the mass outside S, the sum of logits.
     logits_CU = shard.sum(logits_CU)
     log_outside_C = shard.logsumexp(log_here_C)
@@ -299,7 +283,5 @@ def _loss_and_gradient(padded_CV: Tensor, target: SparseTarget, shard: Vocabular
     gradient.scale_R = gradient.scale_R * (log_here_C - log_outside_C).exp().nan_to_num(0.0)
     gradient.empty_R = torch.isneginf(log_here_C)
     gradient.sum_vocab = sum_vocab
-    for start in range(0, num_rows, step):
-        part = slice(start, min(start + step, num_rows))
-        gradient.write(padded_CV[part], part)
+    gradient.write(padded_CV, slice(None))
     return target.loss_of(student)

@@ -93,8 +93,7 @@ def test_value_and_gradients_are_the_unfused_ones(
         return fused_linear_kd(h, w, targets, labels, bias=b, **shared, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FUSED, "head_rows", lambda *_: rows_at_a_time)
-        patch.setattr(FUSED, "chunk_rows", lambda *_: 3)
+        patch.setattr(FUSED, "chunk_rows", lambda *_: rows_at_a_time)
         got = gradients(fused, hidden, weight, bias)
     torch.testing.assert_close(got, gradients(unfused, hidden, weight, bias), rtol=1e-9, atol=1e-10)
 
@@ -192,7 +191,7 @@ def test_rows_that_do_not_count_do_not_matter_even_as_nan():
 def test_no_tensor_as_large_as_the_logits_exists(monkeypatch):
     hidden, weight, _, zt, labels, _ = make_case(0, leading=(8, 32), vocab=2000)
     targets = make_targets("topk", zt)
-    monkeypatch.setattr(FUSED, "head_rows", lambda *_: 8)
+    monkeypatch.setattr(FUSED, "chunk_rows", lambda *_: 8)
     with torch.profiler.profile(profile_memory=True) as profile:
         gradients(lambda h, w: fused_linear_kd(h, w, targets, labels), hidden, weight)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
@@ -228,7 +227,7 @@ def _run_rank(rank: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     group = dist.group.WORLD
     # Chunks that need several rounds of collectives.
-    FUSED.head_rows = lambda *_: 5
+    FUSED.chunk_rows = lambda *_: 5
     try:
         for split in SPLITS:
             part = slice(0, split[0]) if rank == 0 else slice(split[0], None)
