@@ -126,32 +126,38 @@ class IndependentStore:
         """Section 7.1."""
         del data
         merged = {g["id_column"]: g for g in self._groups.values() if "pairs" in g}
-        derived = {f"num_{g['name']}" for g in merged.values()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # numcodecs codecs in Zarr v3
             with zarr.storage.ZipStore(path, mode="r") as store:
                 group = zarr.open_group(store, mode="r")
                 arrays = {name: array[:] for name, array in group.arrays()}
+        positions = next(
+            arrays[c["name"]].shape[1]
+            for c in self._columns
+            if c["axis"] == "position" and c["name"] in arrays
+        )
         chunks = []
         for number, row in enumerate(rows):
             used = {"sample": row["samples"], "position": row["positions"]}
             columns: Columns = {}
+            order = {}
             for group in merged.values():
                 used[group["name"]] = int(arrays[f"num_{group['pairs']}"][number])
+                pairs = arrays[group["pairs"]][number][: used[group["name"]]]
+                id_of, position = np.divmod(pairs, positions)
+                order[group["name"]] = np.lexsort((id_of, position))
+                columns[group["id_column"]] = id_of[order[group["name"]]]
+                counts = np.bincount(position.astype(np.int64), minlength=row["positions"])
+                columns[f"num_{group['name']}"] = counts
             for name, group in self._groups.items():
                 if name not in used:
                     counts = arrays[f"num_{name}"][number][: used[group["owner"]]]
                     used[name] = int(counts.sum())
             for column in self._columns:
                 name = column["name"]
-                if name in merged:
-                    group = merged[name]
-                    pairs = arrays[group["pairs"]][number][: used[group["name"]]]
-                    position, ids = np.divmod(pairs, self.header["vocab_size"])
-                    counts = np.bincount(position.astype(np.int64), minlength=row["positions"])
-                    columns[name], columns[f"num_{group['name']}"] = ids, counts
-                elif name not in derived:
-                    columns[name] = arrays[name][number][: used[column["axis"]]]
+                if name not in columns:
+                    values = arrays[name][number][: used[column["axis"]]]
+                    columns[name] = values[order.get(column["axis"], slice(None))]
             chunks.append(columns)
         return chunks
 

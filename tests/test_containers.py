@@ -21,7 +21,10 @@ from numcodecs import zstd
 from pcodec import ChunkConfig, standalone
 
 from logitstore.containers import CONTAINERS, container
+from logitstore.containers.codecs import pco_decode
 from logitstore.containers.protocol import crc32c
+from logitstore.containers.stored_zip import local_entry, split_entries
+from logitstore.containers.zarr_layout import stored_arrays
 from logitstore.record import Record, build_schema
 from logitstore.spec.commit import Commit
 from logitstore.spec.errors import FormatError, IntegrityError, UsageError
@@ -314,27 +317,37 @@ class TestZarr(ContainerContract):
 
     @pytest.mark.parametrize("schema_name", SCHEMAS)
     def test_stock_zarr_reads_the_same_values(self, schema_name: str, tmp_path: Path) -> None:
-        schema, vocab_size = SCHEMAS[schema_name], 1000
+        schema = SCHEMAS[schema_name]
         records = [random_record(schema, part, seed=13) for part in ([9, 30], [20, 3, 8])]
         data, _, _ = self.shard(schema, records)
         path = tmp_path / "shard.zarr.zip"
         path.write_bytes(data)
-        pairs = {g.id_column: g for g in schema.groups if g.pairs}
+        merged_groups = {g.name: g for g in schema.groups if g.pairs}
         counted = {g.count_column for g in schema.groups if g.pairs}
         with zarr.storage.ZipStore(path, mode="r") as store:
             group = zarr.open_group(store, mode="r")
+            stride = next(
+                group[c.name].shape[1]
+                for c in schema.columns
+                if c.axis == "position" and c.name not in counted
+            )
             for number, record in enumerate(records):
                 for column in schema.columns:
                     expected = record[column.name]
-                    if column.name in pairs:
-                        merged = pairs[column.name]
+                    by_id = slice(None)
+                    merged = merged_groups.get(column.axis)
+                    if merged is not None:
+                        owner = np.repeat(
+                            np.arange(record.num_positions), record[merged.count_column]
+                        )
+                        by_id = np.lexsort((owner, record[merged.id_column]))
+                        expected = expected[by_id]
+                    if merged is not None and column.name == merged.id_column:
                         used = int(group[f"num_{merged.pairs}"][number])
                         values = group[merged.pairs][number]
-                        counts = record[merged.count_column]
-                        np.testing.assert_array_equal(values[:used] % vocab_size, expected)
-                        np.testing.assert_array_equal(
-                            values[:used] // vocab_size, np.repeat(np.arange(len(counts)), counts)
-                        )
+                        ids, position = np.divmod(values[:used], stride)
+                        np.testing.assert_array_equal(ids, expected)
+                        np.testing.assert_array_equal(position, owner[by_id])
                         assert (values[used:] == values[used - 1]).all()
                     elif column.name not in counted:
                         values = group[column.name][number][: len(expected)]
@@ -411,6 +424,30 @@ class TestZarr(ContainerContract):
         arrays["ids"] = arrays["ids"][::-1].copy()
         with pytest.raises(FormatError, match="ascend"):
             self.shard(schema, [Record(schema, arrays)])
+
+    @pytest.mark.parametrize("flaw", ["position", "id", "order"])
+    def test_pairs_that_no_record_has_are_refused(self, flaw: str) -> None:
+        schema = SCHEMAS["sampled"]
+        data, commit, head = self.shard(schema, [random_record(schema, [30, 5], seed=17)])
+        assert commit.layout is not None
+        stride = commit.layout.positions
+        arrays = stored_arrays(schema, "uint32")
+        names = [array.key(0) for array in arrays]
+        contents = dict(zip(names, split_entries(chunk_bytes(data, commit, 0), names), strict=True))
+        (array,) = [array for array in arrays if array.role == "pairs"]
+        pairs = pco_decode(contents[array.key(0)][:-4], commit.layout.entries["ids"], "uint32")
+        pairs = pairs.copy()
+        if flaw == "position":
+            pairs[0] = pairs[0] // stride * stride + 35
+        elif flaw == "id":
+            pairs[-1] = head.vocab_size * stride
+        else:
+            pairs[:2] = pairs[1::-1]
+        coded = pco_of(pairs)
+        contents[array.key(0)] = memoryview(coded + crc32c(coded).to_bytes(4, "little"))
+        part = b"".join(local_entry(name, bytes(contents[name]), 0)[0] for name in names)
+        with pytest.raises(FormatError, match="no ascending pairs of its chunk"):
+            self.decode(part, recommitted(commit, 0, part), head, 0)
 
     def test_values_between_the_steps_are_refused(self) -> None:
         schema = SCHEMAS["nucleus"]

@@ -35,7 +35,7 @@ class StoredArray:
         axis: "chunk" (one value a chunk), "sample", "position" or a group's name.
         inner: sizes of further axes.
         step: values are multiples of -step, stored as uint16.
-        role: "column"; "pairs" for position * V + id; "num_pairs" for the entries of a chunk.
+        role: "column"; "pairs" for id * P + position; "num_pairs" for the entries of a chunk.
         group: of a pairs or num_pairs array.
     """
 
@@ -85,7 +85,7 @@ class StoredArray:
 
 
 def pairs_dtype(positions: int, vocab_size: int) -> str:
-    """Type of position * V + id: uint32 where every such number fits."""
+    """Type of id * P + position: uint32 where every such number fits."""
     return "uint32" if positions * vocab_size <= 1 << 32 else "uint64"
 
 

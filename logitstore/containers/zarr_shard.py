@@ -46,7 +46,7 @@ from logitstore.containers.zarr_layout import (
 from logitstore.record.record import Record
 from logitstore.spec.commit import ChunkRow, Commit, Layout
 from logitstore.spec.header import Header
-from logitstore.spec.schema import DType
+from logitstore.spec.schema import DType, Group
 
 __all__ = ["ZarrContainer"]
 
@@ -156,19 +156,29 @@ class _Writer:
         self._file = file
         self._header = header
         self._chunks: list[_PendingChunk] = []
-        self._pairs = pairs_dtype(header.chunk_positions, header.vocab_size)
+        self._positions = header.chunk_positions
         self._entries: list[Entry] = []
         self._offset = 0
 
     def add(self, chunk: Record) -> None:
         """See `ShardWriter.add`. Keeps the compressed chunk: common sizes are known at the end."""
+        schema = self._header.schema_
         check_record(chunk, self._header)
+        if chunk.num_positions > self._positions:
+            self._widen(chunk.num_positions)
+        orders = {g.name: self._pair_order(chunk, g) for g in schema.groups if g.pairs is not None}
         parts = {}
-        for array in stored_arrays(self._header.schema_, self._pairs):
-            values = self._values(chunk, array).ravel()
-            pad = int(values[-1]) if array.role == "pairs" and len(values) else 0
-            coded = codecs.pco_chunks(values, array.pco_level) if array.is_pco else values
-            parts[array.name] = _Part(coded, len(values), pad)
+        for array in stored_arrays(schema, self._pairs):
+            if array.role == "pairs":
+                pairs = self._pair_values(chunk, array, orders[array.axis])
+                parts[array.name] = _pairs_part(pairs, array.pco_level)
+                continue
+            values = self._values(chunk, array)
+            if array.axis in orders:
+                values = values[orders[array.axis]]
+            flat = values.ravel()
+            coded = codecs.pco_chunks(flat, array.pco_level) if array.is_pco else flat
+            parts[array.name] = _Part(coded, values.size, 0)
         self._chunks.append(_PendingChunk(chunk.num_samples, chunk.num_positions, parts))
 
     def finish(self) -> ShardSummary:
@@ -221,38 +231,52 @@ class _Writer:
             except ValueError as error:
                 raise malformed(f"column {array.name}", str(error)) from None
         assert array.group is not None
-        assert array.group.id_column is not None
-        counts = record[array.group.count_column]
-        if array.role == "num_pairs":
-            return np.array([counts.sum(dtype=np.int64)], np.uint32)
-        position = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
-        ids = record[array.group.id_column].astype(np.uint64)
-        pairs = position * np.uint64(self._header.vocab_size) + ids
-        in_range = np.all(ids < self._header.vocab_size)
-        if not in_range or not np.all(pairs[1:] > pairs[:-1]):
+        return np.array([record[array.group.count_column].sum(dtype=np.int64)], np.uint32)
+
+    def _pair_order(self, record: Record, group: Group) -> NDArray[np.intp]:
+        """Entries of a group with pairs by ascending id, equal ids by position."""
+        assert group.id_column is not None
+        ids = record[group.id_column]
+        first = np.zeros(len(ids) + 1, np.bool_)
+        first[record.group_offsets(group)] = True
+        ascending = np.all((ids[1:] > ids[:-1]) | first[1:-1])
+        if not ascending or (len(ids) and int(ids.max()) >= self._header.vocab_size):
             raise malformed(
-                f"column {array.group.id_column}",
+                f"column {group.id_column}",
                 "ids must ascend inside a position and be below the vocabulary size",
             )
-        if record.num_positions > self._header.chunk_positions:
-            self._widen(pairs_dtype(record.num_positions, self._header.vocab_size))
-        return pairs.astype(self._pairs)
+        return np.argsort(ids, kind="stable")
 
-    def _widen(self, dtype: str) -> None:
-        """A sample longer than a chunk may need wider pairs than the chunks before it."""
-        if dtype == self._pairs or dtype == "uint32":
-            return
-        for chunk in self._chunks:
-            for array in stored_arrays(self._header.schema_, self._pairs):
-                if array.role == "pairs":
-                    old = chunk.parts[array.name]
-                    assert isinstance(old.coded, bytes)
-                    file = memoryview(codecs.pco_file([old.coded], old.count))
-                    values = codecs.pco_decode(file, old.count, self._pairs).astype(dtype)
-                    chunk.parts[array.name] = _Part(
-                        codecs.pco_chunks(values, array.pco_level), old.count, old.pad
-                    )
-        self._pairs = dtype
+    def _pair_values(
+        self, record: Record, array: StoredArray, order: NDArray[np.intp]
+    ) -> NDArray[Any]:
+        group = array.group
+        assert group is not None
+        assert group.id_column is not None
+        position = np.repeat(
+            np.arange(record.num_positions, dtype=self._pairs), record[group.count_column]
+        )
+        pairs = record[group.id_column].astype(self._pairs) * position.dtype.type(self._positions)
+        return (pairs + position)[order]
+
+    @property
+    def _pairs(self) -> str:
+        return pairs_dtype(self._positions, self._header.vocab_size)
+
+    def _widen(self, positions: int) -> None:
+        """A sample longer than a chunk gives the pairs of the chunks before it another stride."""
+        old_stride, old_dtype, arrays = self._positions, self._pairs, self._header.schema_
+        self._positions = positions
+        for array in stored_arrays(arrays, old_dtype):
+            if array.role != "pairs":
+                continue
+            for chunk in self._chunks:
+                old = chunk.parts[array.name]
+                assert isinstance(old.coded, bytes)
+                file = memoryview(codecs.pco_file([old.coded], old.count))
+                ids, position = np.divmod(codecs.pco_decode(file, old.count, old_dtype), old_stride)
+                pairs = ids.astype(self._pairs) * np.array(positions, self._pairs) + position
+                chunk.parts[array.name] = _pairs_part(pairs.astype(self._pairs), array.pco_level)
 
     def _layout(self) -> Layout:
         schema = self._header.schema_
@@ -274,6 +298,11 @@ class _Writer:
         self._entries.append(entry)
         self._offset += len(block)
         return block
+
+
+def _pairs_part(pairs: NDArray[Any], level: int) -> _Part:
+    coded = codecs.pco_chunks(pairs, level, codecs.PAIRS_SEGMENT)
+    return _Part(coded, len(pairs), int(pairs[-1]) if len(pairs) else 0)
 
 
 def _encode(array: StoredArray, part: _Part, layout: Layout) -> bytes:
@@ -323,12 +352,17 @@ class _Decoder:
                     got=used[group.name],
                     expected=f"at most {self.layout.entries[group.name]}",
                 )
+        orders: dict[str, NDArray[np.intp]] = {}
         for array in self.arrays:
-            if array.role == "pairs":
-                if array.axis in used:
-                    values |= self._split_pairs(array, used[array.axis])
-            elif array.role == "column" and array.name in wanted and array.name not in values:
-                values[array.name] = self._column(array, used[array.axis])
+            if array.role == "pairs" and array.axis in used:
+                pairs = self._whole(array)[: used[array.axis]]
+                split, orders[array.axis] = self._split_pairs(array, pairs)
+                values |= split
+        for array in self.arrays:
+            if array.role == "column" and array.name in wanted and array.name not in values:
+                column = self._column(array, used[array.axis])
+                order = orders.get(array.axis)
+                values[array.name] = column if order is None else column[order]
         in_order = {c.name: values[c.name] for c in schema.columns if c.name in wanted}
         record = Record(schema, in_order)
         check_values(record, self.header, self.where)
@@ -355,21 +389,29 @@ class _Decoder:
         except ValueError as error:
             raise malformed(self.where, f"array {array.name}: {error}") from None
 
-    def _split_pairs(self, array: StoredArray, used: int) -> dict[str, NDArray[Any]]:
-        """Count and id columns of a group from its position * V + id."""
-        group, schema = array.group, self.header.schema_
+    def _split_pairs(
+        self, array: StoredArray, pairs: NDArray[Any]
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.intp]]:
+        """Count and id columns of a group from its id * P + position, and the order of its entries:
+        position by position, as records hold them."""
+        group, schema, stride = array.group, self.header.schema_, self.layout.positions
         assert group is not None
         assert group.id_column is not None
-        pairs = self._whole(array)[:used]
-        vocab_size, positions = self.header.vocab_size, self.row.positions
+        ids = pairs // stride
+        position = pairs - ids * pairs.dtype.type(stride)
+        # numpy sorts 16-bit keys by radix, several times faster than wider ones
+        position = position.astype(np.uint16 if stride <= 1 << 16 else np.uint32)
         ascending = bool(np.all(pairs[1:] > pairs[:-1]))
-        if used and not (ascending and int(pairs[-1]) < positions * vocab_size):
-            raise malformed(self.where, f"array {array.name} does not ascend inside its positions")
-        first = np.arange(positions, dtype=pairs.dtype) * pairs.dtype.type(vocab_size)
-        counts = np.diff(np.searchsorted(pairs, first), append=used)
+        if len(pairs) and not (
+            ascending
+            and int(ids[-1]) < self.header.vocab_size
+            and int(position.max()) < self.row.positions
+        ):
+            raise malformed(self.where, f"array {array.name} holds no ascending pairs of its chunk")
+        order = np.argsort(position, kind="stable")
         columns = {
-            group.count_column: counts,
-            group.id_column: pairs - np.repeat(first, counts),
+            group.count_column: np.bincount(position, minlength=self.row.positions),
+            group.id_column: ids[order],
         }
         for name, values in columns.items():
             column = schema.column(name)
@@ -377,7 +419,7 @@ class _Decoder:
             if len(values) and int(values.max()) > np.iinfo(column.dtype).max:
                 raise malformed(self.where, f"column {name} cannot hold its values")
             columns[name] = values.astype(column.dtype, copy=False)
-        return columns
+        return columns, order
 
 
 def _arrays(header: Header, layout: Layout) -> tuple[StoredArray, ...]:

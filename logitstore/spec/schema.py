@@ -45,8 +45,9 @@ class Group(Strict):
     Attributes:
         name: what `Column.axis` refers to; owners carry the count column `num_<name>`.
         owner: "sample" or "position".
-        id_column: column of token ids that the zarr container merges with the position to ascending
-            `pair = position * vocab_size + id` (ids must then ascend inside a position), or None.
+        id_column: column of token ids (ascending inside a position) that the zarr container merges
+            with the position to `pair = id * P + position`, P positions in a chunk's arrays, or
+            None.
         pairs: name of that merged array, given exactly when id_column is.
         text: True when the entries of an owner are the UTF-8 bytes of one string.
     """
