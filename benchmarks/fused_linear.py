@@ -124,8 +124,8 @@ def markdown(results: list[dict[str, float | str]], options: argparse.Namespace)
     lines = [
         HEAD,
         f"Command: `{options.command}`  ",
-        f"python {platform.python_version()}; torch {torch.__version__}; "
-        f"threads {options.threads}; cores {os.cpu_count()}; load afterwards {os.getloadavg()[0]:.1f}  ",
+        f"python {platform.python_version()}; torch {torch.__version__}",
+        f"threads {options.threads}; cores {os.cpu_count()}; load {os.getloadavg()[0]:.1f}  ",
         f"T = {options.positions}, V = {options.vocab:,}, d = {options.hidden_size}, float32, "
         f"{options.targets} targets with {options.k} ids, {options.repeats} repeats",
         "",
