@@ -271,4 +271,15 @@ KINDS: dict[str, str] = {
     "empty-mask": "no position counts",
     "label-missing": "labels are needed and were not given",
     "not-retemperable": "these targets cannot be softened to another temperature",
+    # service
+    "unsafe-bind": "the service would be open to a network without a guard",
+    "keys-file": "the file of keys cannot be used",
+    "key-not-found": "the file of keys has no key of that id",
+    "key-invalid": "no key was sent, or one that is unknown, expired or revoked",
+    "key-lacks-scope": "the key is valid and does not allow this",
+    "host-not-allowed": "the request's Host is none of the service's names",
+    "rate-limited": "too many requests; the answer says when to come back",
+    "too-many-streams": "too many requests in flight; the answer says when to come back",
+    "request-too-large": "the request's body is larger than the service takes",
+    "request-timeout": "the request's body did not arrive in time",
 }
