@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import logitstore.capture.run as run_module
 from logitstore import store as stores
 from logitstore.capture import CaptureSettings, estimate, precompute
 from logitstore.capture.progress import Progress
@@ -328,7 +327,7 @@ def test_the_wrong_bos_choice_is_refused_unless_told(corpus, tmp_path):
 
 def test_a_full_disk_is_noticed_before_anything_is_written(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="per token") as caught:
         precompute(settings(corpus, tmp_path / "s"))
     assert caught.value.kind == "disk-full"

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import logitstore.capture.run as run_module
 from logitstore import store as stores
 from logitstore_cli.main import run
 from tests.conftest import REPOSITORY
@@ -257,7 +256,7 @@ def test_a_corpus_that_cannot_be_read(tmp_path, capsys, name, content, more, kin
 
 def test_a_full_disk(corpus, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert run(arguments(corpus, tmp_path / "s")) == 1
     assert "[disk-full]" in capsys.readouterr().err
 

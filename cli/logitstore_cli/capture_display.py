@@ -19,15 +19,18 @@ __all__ = ["readable_bytes", "show_progress"]
 
 
 @contextlib.contextmanager
-def show_progress(out: Output, mode: str) -> Iterator[Callable[[Progress], None] | None]:
+def show_progress(
+    out: Output, mode: str, noun: str = "tokens"
+) -> Iterator[Callable[[Progress], None] | None]:
     """A callback that displays progress on stderr; None when nothing is to be shown.
 
     `mode`: "json", "none", "bar", or "auto": a bar on a terminal and nothing elsewhere.
+    `noun`: what is counted.
     """
     if mode == "json":
         yield _json_line
     elif mode == "bar" or (mode == "auto" and out.shows_progress):
-        with _bar(out) as update:
+        with _bar(out, noun) as update:
             yield update
     else:
         yield None
@@ -39,7 +42,7 @@ def _json_line(progress: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _bar(out: Output) -> Iterator[Callable[[Progress], None]]:
+def _bar(out: Output, noun: str) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -60,7 +63,7 @@ def _bar(out: Output) -> Iterator[Callable[[Progress], None]]:
                 total=progress.tokens_total,
                 shard=f"shard {progress.shards}/{progress.shards_total}",
                 state=(
-                    f"{progress.tokens:,} tokens, {progress.tokens_per_s:,.0f} tokens/s, "
+                    f"{progress.tokens:,} {noun}, {progress.tokens_per_s:,.0f} {noun}/s, "
                     f"{readable_bytes(progress.stored_bytes)}{retries}"
                 ),
             )

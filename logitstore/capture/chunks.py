@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitstore.corpora import Sample
+from logitstore.corpora import Example, Sample
 from logitstore.record import Record
 from logitstore.record.random import key_of
 from logitstore.signals import Completion, Encoder
@@ -21,19 +21,24 @@ from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
 
-__all__ = ["Chunker", "SampleEncoder", "sample_record", "sequence_columns"]
+__all__ = ["Chunker", "SampleEncoder", "corpus_columns", "sample_record"]
 
 Columns = dict[str, NDArray[Any]]
 
 
-def sequence_columns(samples: Sequence[Sample], schema: Schema) -> Columns:
-    """The columns that come from the corpus: tokens, segments and, where stored, byte ends."""
+def corpus_columns(samples: Sequence[Sample | Example], schema: Schema) -> Columns:
+    """The columns that come from the corpus: tokens, segments and, where stored, byte ends; or
+    labels, where the corpus has them."""
+    if schema.column("tokens") is None:
+        labelled = schema.column("label") is not None
+        return {"label": np.concatenate([s.labels for s in samples])} if labelled else {}
+    windows = [s for s in samples if isinstance(s, Sample)]
     columns: Columns = {
-        "tokens": np.concatenate([s.tokens for s in samples]),
-        "segment_ids": np.concatenate([s.segment_ids for s in samples]),
+        "tokens": np.concatenate([s.tokens for s in windows]),
+        "segment_ids": np.concatenate([s.segment_ids for s in windows]),
     }
     if schema.column("byte_end") is not None:
-        columns["byte_end"] = np.concatenate([s.byte_end for s in samples])
+        columns["byte_end"] = np.concatenate([s.byte_end for s in windows])
     return columns
 
 
@@ -159,7 +164,10 @@ class Chunker:
 
 
 def encode_samples(
-    encoder: Encoder, header: Header, samples: Sequence[Sample], blocks: Iterable[Tensor]
+    encoder: Encoder,
+    header: Header,
+    samples: Sequence[Sample | Example],
+    blocks: Iterable[Tensor],
 ) -> Record:
     """Samples with their logits as a record.
 
@@ -171,13 +179,15 @@ def encode_samples(
     return work.record()
 
 
-def sample_encoder(encoder: Encoder, header: Header, samples: Sequence[Sample]) -> SampleEncoder:
-    """The encoder of packed samples."""
+def sample_encoder(
+    encoder: Encoder, header: Header, samples: Sequence[Sample | Example]
+) -> SampleEncoder:
+    """The encoder of samples of a corpus."""
     return SampleEncoder(
         encoder,
         header,
         keys=[s.key for s in samples],
         lengths=[len(s) for s in samples],
         labels_P=np.concatenate([s.labels for s in samples]),
-        columns=sequence_columns(samples, header.schema_),
+        columns=corpus_columns(samples, header.schema_),
     )

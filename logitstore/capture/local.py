@@ -22,11 +22,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from logitstore.capture.progress import Event
-from logitstore.capture.worker import Work, capture_shards
-from logitstore.corpora import Corpus
+from logitstore.capture.settings import Task
+from logitstore.capture.worker import Source, Work, capture_shards
 from logitstore.spec.errors import CaptureError
 from logitstore.spec.plan import Plan, ShardPlan
-from logitstore.teachers import TeacherOptions, load_teacher
+from logitstore.teachers import TeacherOptions, load_classifier, load_teacher
 
 __all__ = ["Job", "run_local"]
 
@@ -43,16 +43,17 @@ class Job:
 
     Attributes:
         location: of the store.
-        teacher, options: what to load.
+        task, teacher, options: what to load.
         corpus: the plan's files.
         plan: of the store.
-        micro_batch: full windows of one forward pass.
+        micro_batch: full windows, or examples, of one forward pass.
     """
 
     location: str
+    task: Task
     teacher: str
     options: TeacherOptions
-    corpus: Corpus
+    corpus: Source
     plan: Plan
     micro_batch: int
 
@@ -159,7 +160,8 @@ def _worker_main(conn: Connection, job: Job) -> None:
     try:
         from logitstore.store import append
 
-        teacher = load_teacher(job.teacher, job.options)
+        load = load_classifier if job.task == "classification" else load_teacher
+        teacher = load(job.teacher, job.options)
         with append(job.location) as writer:
             work = Work(writer, job.plan, job.corpus, teacher, job.micro_batch)
             capture_shards(work, shards(), send)

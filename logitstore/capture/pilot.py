@@ -7,18 +7,19 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from logitstore.capture.chunks import Chunker, encode_samples
 from logitstore.capture.worker import is_out_of_memory, micro_batches, one_is_too_large
 from logitstore.containers import container
-from logitstore.corpora import Document, Sample, pack
+from logitstore.corpora import Document, Example, Sample, pack
 from logitstore.record import Record
 from logitstore.signals import encoder
 from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import Header
-from logitstore.teachers import Teacher
+from logitstore.teachers import Classifier, Teacher
 
 __all__ = ["Pilot", "check_bos", "run_pilot", "spread"]
 
@@ -60,7 +61,10 @@ def spread(samples: Sequence[Sample], tokens: int) -> list[Sample]:
 
 
 def run_pilot(
-    teacher: Teacher, header: Header, samples: Sequence[Sample], micro_batch: int
+    teacher: Teacher | Classifier,
+    header: Header,
+    samples: Sequence[Sample | Example],
+    micro_batch: int,
 ) -> Pilot:
     """Capture samples into memory.
 
@@ -78,21 +82,33 @@ def run_pilot(
     for chunk in chunker.finish():
         shard.add(chunk)
     chunk_bytes = sum(row.bytes for row in shard.finish().chunks)
-    # A segment's first row is left out: only with BOS is it BOS.
-    counts = np.concatenate([(s.labels >= 0) & (s.position_ids > 0) for s in done])
-    logprobs = np.concatenate([record["label_logprob"] for record in records])[counts]
     return Pilot(
         tokens=tokens,
         seconds_per_token=seconds / tokens,
         chunk_bytes=chunk_bytes,
         shard_bytes=file.tell() - chunk_bytes,
-        nll=-float(logprobs.astype(np.float64).mean()) if len(logprobs) else math.nan,
+        nll=_nll(done, records),
     )
 
 
+def _nll(samples: Sequence[Sample | Example], records: Sequence[Record]) -> float:
+    """Mean -log p of the labels; NaN where none is known."""
+    if "label_logprob" not in records[0]:
+        return math.nan
+    # A segment's first row is left out: only with BOS is it BOS.
+    counts = np.concatenate(
+        [(s.labels >= 0) & (isinstance(s, Example) or s.position_ids > 0) for s in samples]
+    )
+    logprobs = np.concatenate([record["label_logprob"] for record in records])[counts]
+    return -float(logprobs.astype(np.float64).mean()) if len(logprobs) else math.nan
+
+
 def _encode_all(
-    teacher: Teacher, header: Header, samples: Sequence[Sample], micro_batch: int
-) -> tuple[list[Sample], list[Record], float]:
+    teacher: Teacher | Classifier,
+    header: Header,
+    samples: Sequence[Sample | Example],
+    micro_batch: int,
+) -> tuple[list[Sample | Example], list[Record], float]:
     """Samples, their records, and the seconds that teacher and encoder took.
 
     A micro-batch that fails (the capture would halve it, or quarantine a sample of it) is run again
@@ -100,7 +116,7 @@ def _encode_all(
     """
     encode = encoder(header)
 
-    def attempt(batch: Sequence[Sample]) -> Record | Exception:
+    def attempt(batch: Sequence[Any]) -> Record | Exception:
         try:
             return encode_samples(encode, header, batch, teacher.blocks(batch))
         except Exception as error:
@@ -108,7 +124,7 @@ def _encode_all(
                 raise one_is_too_large(batch[0]) from error
             return error
 
-    done: list[Sample] = []
+    done: list[Sample | Example] = []
     records: list[Record] = []
     # The first pass through a model is slow for reasons that do not come back: not timed.
     found = attempt(samples[:1])

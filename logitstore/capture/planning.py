@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from logitstore.corpora import Corpus, Document, Tokenizer, Unit, describe_files, plan_units
+from logitstore.corpora import Corpus, Document, Tokenizer, Unit, plan_units
 from logitstore.record.new_header import now
 from logitstore.record.random import bits
 from logitstore.spec.errors import CorpusError
@@ -73,7 +73,7 @@ def scan_corpus(corpus: Corpus) -> Scan:
             expected="at least one document that is not blank",
         )
     places = tuple(span for _, _, span in sorted(chosen, reverse=True))
-    return Scan(describe_files(corpus.files, documents), text_bytes, places)
+    return Scan(corpus.describe(documents), text_bytes, places)
 
 
 class Sizing:
@@ -147,7 +147,7 @@ def shard_tokens_for(tokens_total: int, seconds_per_token: float, workers: int) 
 
 def make_plan(
     header: Header,
-    scan: Scan,
+    info: CorpusInfo,
     units: Iterator[Unit],
     *,
     on_unit: Callable[[Unit], None] | None = None,
@@ -166,7 +166,7 @@ def make_plan(
         kind="corpus",
         created=now(),
         configuration_sha256=header.configuration_sha256,
-        corpus=scan.info,
+        corpus=info,
         shards=tuple(shards),
-        fingerprint=plan_fingerprint(header.configuration_sha256, 1, scan.info, tuple(shards)),
+        fingerprint=plan_fingerprint(header.configuration_sha256, 1, info, tuple(shards)),
     )

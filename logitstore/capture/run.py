@@ -7,56 +7,38 @@ with what the store was begun with. 3. Capture the shards of the plan that have 
 
 from __future__ import annotations
 
-import os
-import shutil
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logitstore.capture.local import Job, run_local
-from logitstore.capture.pilot import Pilot, check_bos, run_pilot, spread
-from logitstore.capture.planning import (
-    Scan,
-    Sizing,
-    make_plan,
-    scan_corpus,
-    shard_tokens_for,
-)
+from logitstore.capture.classification import ClassificationSetup
+from logitstore.capture.pilot import check_bos, run_pilot, spread
+from logitstore.capture.planning import Scan, Sizing, scan_corpus, shard_tokens_for
 from logitstore.capture.progress import Progress, ProgressMeter
 from logitstore.capture.settings import CaptureSettings
-from logitstore.capture.worker import Work, capture_shards
-from logitstore.corpora import Corpus, Document, Sample, describe_files, find_files, pack
+from logitstore.capture.setup import Look, Note, Setup
+from logitstore.corpora import Corpus, Document, Sample, find_files, pack
 from logitstore.record import aux_fields
 from logitstore.record.new_header import new_header
 from logitstore.spec.commit import Quarantined
-from logitstore.spec.errors import (
-    CommitError,
-    NotFoundError,
-    PartialError,
-    StorageError,
-    UsageError,
-)
+from logitstore.spec.errors import PartialError, UsageError
 from logitstore.spec.header import Header, Packing, TokenizerInfo
-from logitstore.spec.plan import Plan, ShardPlan
+from logitstore.spec.plan import Plan
 from logitstore.spec.signals import parse_signal
 from logitstore.spec.tokenizer_table import TOKENIZER_TABLE
-from logitstore.store import Store, StoreWriter, append, create, parse_location
-from logitstore.store import open as open_store
-from logitstore.teachers import Teacher, TeacherOptions, load_teacher
+from logitstore.store import parse_location
+from logitstore.teachers import Teacher, load_teacher
 
 __all__ = ["CaptureResult", "Estimate", "Slice", "estimate", "precompute", "slice_of"]
 
-_DRY_RUN_TOKENS = 4096
-_PROBE_TOKENS = 1024
 _PROBE_BYTES = 1 << 20
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureResult:
-    """What a run did.
+    """What a run did. Tokens are samples, for classification.
 
     Attributes:
         store: where.
@@ -77,7 +59,7 @@ class CaptureResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a capture would be, from a pilot.
+    """What a capture would be, from a pilot. Tokens are samples, for classification.
 
     Attributes:
         documents, tokens, shards: of the plan; tokens are counted or estimated from a sample.
@@ -85,7 +67,7 @@ class Estimate:
         bytes_per_token, stored_bytes: of shard objects.
         tokens_per_s: of one worker.
         hours: of all workers, if they do not slow each other down.
-        perplexity_nll: mean -log p of the pilot's tokens, nats.
+        nll: mean -log p of the pilot's labels, nats; None where the store keeps none.
         pilot_tokens: how many tokens all this is from.
     """
 
@@ -97,7 +79,7 @@ class Estimate:
     stored_bytes: int
     tokens_per_s: float
     hours: float
-    nll: float
+    nll: float | None
     pilot_tokens: int
 
 
@@ -135,7 +117,7 @@ def precompute(
     anything is captured; CaptureError; PartialError capture-partial at the end when samples were
     quarantined (everything else is committed).
     """
-    setup = _Setup(settings, on_note)
+    setup = _setup(settings, on_note)
     writer = None
     if setup.present is not None:
         # Refuses another configuration before anything slow happens.
@@ -183,23 +165,21 @@ def estimate(settings: CaptureSettings, *, on_note: Note = lambda text: None) ->
 
     Raises: as `precompute` before anything is captured.
     """
-    setup = _Setup(settings, on_note)
-    scan, sizing, pilot = setup.look(_DRY_RUN_TOKENS)
-    units = list(sizing.units(setup.shard_tokens(sizing, pilot), settings.max_tokens))
-    stored_bytes = round(
-        sizing.tokens_total * pilot.bytes_per_token + len(units) * pilot.shard_bytes
-    )
-    seconds = sizing.tokens_total * pilot.seconds_per_token
+    setup = _setup(settings, on_note)
+    look = setup.look(setup.dry_run_tokens)
+    pilot = look.pilot
+    stored_bytes = round(look.tokens * pilot.bytes_per_token + len(look.units) * pilot.shard_bytes)
+    seconds = look.tokens * pilot.seconds_per_token
     return Estimate(
-        documents=scan.info.documents,
-        tokens=sizing.tokens_total,
-        exact_tokens=sizing.exact,
-        shards=len(units),
-        bytes_per_token=stored_bytes / sizing.tokens_total,
+        documents=look.info.documents,
+        tokens=look.tokens,
+        exact_tokens=look.exact,
+        shards=len(look.units),
+        bytes_per_token=stored_bytes / look.tokens,
         stored_bytes=stored_bytes,
         tokens_per_s=1 / pilot.seconds_per_token,
-        hours=seconds / 3600 / min(settings.workers, len(units)),
-        nll=pilot.nll,
+        hours=seconds / 3600 / min(settings.workers, len(look.units)),
+        nll=None if math.isnan(pilot.nll) else pilot.nll,
         pilot_tokens=pilot.tokens,
     )
 
@@ -209,7 +189,16 @@ def slice_of(settings: CaptureSettings, tokens: int, *, on_note: Note = lambda t
 
     Raises: as `precompute` before anything is captured.
     """
-    setup = _Setup(settings, on_note)
+    if settings.task != "language-model":
+        raise UsageError(
+            "bad-argument",
+            "only language models are measured on a slice",
+            where="--task",
+            got=settings.task,
+            expected="language-model",
+            hint="logitstore precompute --dry-run tells bytes and hours of a classifier",
+        )
+    setup = _TextSetup(settings, on_note)
     scan, sizing, documents, bos = setup.read_corpus()
     samples = list(pack(documents, setup.teacher.tokenizer, seq_len=settings.seq_len, bos=bos))
     return Slice(
@@ -221,30 +210,28 @@ def slice_of(settings: CaptureSettings, tokens: int, *, on_note: Note = lambda t
     )
 
 
-class _Setup:
-    """Corpus, teacher and header of a capture.
+def _setup(settings: CaptureSettings, note: Note) -> Setup:
+    if settings.task == "classification":
+        return ClassificationSetup(settings, note)
+    return _TextSetup(settings, note)
 
-    Attributes:
-        present: header of the store, if it was begun; `plan` is its plan, if it has one.
-    """
+
+class _TextSetup(Setup):
+    """A language model over packed text."""
+
+    corpus: Corpus
+    teacher: Teacher
 
     def __init__(self, settings: CaptureSettings, note: Note) -> None:
-        self._settings = settings
-        self._note = note
         signal = parse_signal(settings.signal)
         self.corpus = Corpus(
             find_files(settings.corpus),
             text_key=settings.text_key,
             document_separator=settings.document_separator,
         )
-        self.present, self.plan = _present(settings.out)
-        self.options = TeacherOptions(
-            dtype=settings.dtype,
-            device=settings.device,
-            threads=_threads(settings, self.present),
-        )
-        self.teacher: Teacher = load_teacher(settings.teacher, self.options)
-        self.header, self._tables = header_for(settings, signal, self.teacher)
+        super().__init__(settings, note)
+        self.teacher = load_teacher(settings.teacher, self.options)
+        self.header, self.tables = header_for(settings, signal, self.teacher)
 
     def read_corpus(self) -> tuple[Scan, Sizing, list[Document], bool]:
         """Read the whole corpus once and size it; some of its documents; whether BOS is put."""
@@ -256,7 +243,7 @@ class _Setup:
         sizing = Sizing(self.corpus, scan, self.teacher.tokenizer, bos=bos, max_tokens=limit)
         return scan, sizing, list(sizing.sample(_PROBE_BYTES)), bos
 
-    def look(self, pilot_tokens: int) -> tuple[Scan, Sizing, Pilot]:
+    def look(self, pilot_tokens: int) -> Look:
         """Read the corpus, size it, run the pilot and check the BOS choice."""
         settings, header, teacher = self._settings, self.header, self.teacher
         scan, sizing, documents, bos = self.read_corpus()
@@ -265,94 +252,13 @@ class _Setup:
         self._note(f"running the teacher over {sum(len(s) for s in chosen)} tokens")
         pilot = run_pilot(teacher, header, chosen, settings.micro_batch)
         if settings.check_bos and settings.bos == "auto" and teacher.tokenizer.bos_id is not None:
-            tokens = min(pilot_tokens, _PROBE_TOKENS)
+            tokens = min(pilot_tokens, self.pilot_tokens)
             check_bos(teacher, header, documents, settings.micro_batch, tokens, pilot)
-        return scan, sizing, pilot
-
-    def open_writer(self) -> StoreWriter | None:
-        """Create the store, or join one of the same configuration; None when it is sealed.
-
-        Raises: CommitError configuration-changed.
-        """
-        try:
-            return create(self._settings.out, self.header, self._tables)
-        except CommitError as error:
-            if error.kind == "store-sealed" and self.plan is not None:
-                return None
-            raise
-
-    def begin(self, writer: StoreWriter | None) -> tuple[StoreWriter | None, Plan, float]:
-        """Everything before the first shard: pilot, checks, store, plan."""
-        scan, sizing, pilot = self.look(_PROBE_TOKENS)
-        self._check_space(sizing, pilot)
-        writer = writer or create(self._settings.out, self.header, self._tables)
-        units = sizing.units(self.shard_tokens(sizing, pilot), self._settings.max_tokens)
-        plan = writer.add_plan(make_plan(writer.header, scan, units))
-        self._note(
-            f"{scan.info.documents} documents, {'' if sizing.exact else 'about '}"
-            f"{sizing.tokens_total} tokens, {len(plan.shards)} shards"
+        unit_tokens = settings.shard_tokens or shard_tokens_for(
+            sizing.tokens_total, pilot.seconds_per_token, settings.workers
         )
-        return writer, plan, sizing.tokens_total
-
-    def check_corpus(self, plan: Plan) -> None:
-        """Refuse files that are not those of the plan.
-
-        Raises: CorpusError corpus-changed.
-        """
-        assert plan.corpus is not None
-        found = describe_files(self.corpus.files, plan.corpus.documents)
-        self.corpus.check_unchanged(plan.corpus, found)
-
-    def run(
-        self,
-        writer: StoreWriter,
-        plan: Plan,
-        todo: Sequence[ShardPlan],
-        meter: ProgressMeter,
-    ) -> None:
-        """Capture shards here or in worker processes."""
-        settings = self._settings
-        workers = settings.workers
-        if workers > 1 and writer.commit_mode == "single-writer":
-            self._note("the storage ignores conditional writes: one process captures")
-            workers = 1
-        if workers == 1:
-            work = Work(writer, plan, self.corpus, self.teacher, settings.micro_batch)
-            capture_shards(work, todo, meter.add)
-            return
-        del self.teacher
-        job = Job(
-            str(writer.location),
-            settings.teacher,
-            self.options,
-            self.corpus,
-            plan,
-            settings.micro_batch,
-        )
-        run_local(job, todo, workers, meter.add)
-
-    def shard_tokens(self, sizing: Sizing, pilot: Pilot) -> int:
-        """Wanted size of a shard."""
-        return self._settings.shard_tokens or shard_tokens_for(
-            sizing.tokens_total, pilot.seconds_per_token, self._settings.workers
-        )
-
-    def _check_space(self, sizing: Sizing, pilot: Pilot) -> None:
-        location = parse_location(self._settings.out)
-        if location.kind != "local":
-            return
-        folder = next(p for p in (location.path, *location.path.parents) if p.is_dir())
-        free_bytes = shutil.disk_usage(folder).free
-        need_bytes = round(sizing.tokens_total * pilot.bytes_per_token + pilot.shard_bytes)
-        if need_bytes > free_bytes:
-            raise StorageError(
-                "disk-full",
-                "the store would not fit on this disk",
-                where=folder,
-                got=f"{free_bytes:,} bytes free",
-                expected=f"about {need_bytes:,} bytes ({pilot.bytes_per_token:.0f} per token)",
-                hint="free space, choose another disk, a smaller signal, or --max-tokens",
-            )
+        units = tuple(sizing.units(unit_tokens, settings.max_tokens))
+        return Look(scan.info, sizing.tokens_total, sizing.exact, pilot, units)
 
 
 def header_for(
@@ -417,34 +323,6 @@ def header_for(
         ),
     )
     return header, {TOKENIZER_TABLE: table}
-
-
-def _present(location: str) -> tuple[Header | None, Plan | None]:
-    """Header and corpus plan of the store at that place, if there is one; reads no commits."""
-    found: StoreWriter | Store
-    if not location:
-        return None, None
-    try:
-        found = append(location)
-    except NotFoundError:
-        return None, None
-    except CommitError as error:
-        if error.kind != "store-sealed":
-            raise
-        found = open_store(location)
-    with found:
-        plans = (plan for plan in found.plans() if plan.kind == "corpus")
-        return found.header, next(plans, None)
-
-
-def _threads(settings: CaptureSettings, present: Header | None) -> int:
-    """As asked; as the store was begun with; or an equal share of the cores."""
-    if settings.threads_per_worker is not None:
-        return settings.threads_per_worker
-    if present is not None and present.teacher.threads_per_worker is not None:
-        return present.teacher.threads_per_worker
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // settings.workers)
 
 
 def _nothing_to_do(settings: CaptureSettings, plan: Plan) -> CaptureResult:

@@ -8,7 +8,29 @@ from typing import Any, Literal
 
 from logitstore.spec.errors import UsageError
 
-__all__ = ["CaptureSettings"]
+__all__ = ["CaptureSettings", "Task"]
+
+Task = Literal["language-model", "classification"]
+
+# Options that only one task has, with what they are when nobody sets them.
+_OPTIONS_OF: dict[Task, dict[str, Any]] = {
+    "language-model": {
+        "seq_len": 512,
+        "max_tokens": None,
+        "shard_tokens": None,
+        "bos": "auto",
+        "check_bos": True,
+        "batch_tokens": 2048,
+    },
+    "classification": {
+        "labels": (),
+        "label_key": None,
+        "input_key": None,
+        "max_samples": None,
+        "shard_samples": None,
+        "batch_samples": 256,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +41,7 @@ class CaptureSettings:
         teacher: "hf:PATH_OR_ID" or "py:module:function".
         corpus: file names and patterns.
         out: folder or URL of the store; empty where nothing is written (`slice_of`).
+        task: what the teacher is; decides what a sample is, and which options there are.
         signal: for example "topk:64".
         seq_len: tokens of a window.
         aux: fields to keep beside the signal; None: the signal's defaults.
@@ -33,6 +56,13 @@ class CaptureSettings:
         container: "zarr" or "arrow".
         chunk_positions: positions of a chunk; None: 2048, or `seq_len` when that is larger.
         batch_tokens: tokens of a micro-batch.
+        labels: files of labels beside files of arrays, in the same order.
+        label_key: field of a row, or array of an `.npz`, that holds labels; without it and
+            `labels`, the store has none.
+        input_key: array of an `.npz` that holds the inputs; None means "inputs".
+        max_samples: capture only so many samples, from the start of the corpus.
+        shard_samples: samples of a shard; None: about two minutes of the teacher's time.
+        batch_samples: samples of a micro-batch.
         dtype, device: see `teachers.TeacherOptions`.
         workers: processes on this machine.
         threads_per_worker: CPU threads of each; None: what the store was begun with, or the cores
@@ -44,6 +74,7 @@ class CaptureSettings:
     corpus: tuple[str, ...]
     out: str
     signal: str
+    task: Task = "language-model"
     seq_len: int = 512
     aux: tuple[str, ...] | None = None
     lse_at: tuple[float, ...] = ()
@@ -57,6 +88,12 @@ class CaptureSettings:
     container: Literal["zarr", "arrow"] = "zarr"
     chunk_positions: int | None = None
     batch_tokens: int = 2048
+    labels: tuple[str, ...] = ()
+    label_key: str | None = None
+    input_key: str | None = None
+    max_samples: int | None = None
+    shard_samples: int | None = None
+    batch_samples: int = 256
     dtype: str = "auto"
     device: str = "auto"
     workers: int = 1
@@ -70,6 +107,9 @@ class CaptureSettings:
             "shard_tokens": 1,
             "chunk_positions": 1,
             "batch_tokens": 1,
+            "max_samples": 1,
+            "shard_samples": 1,
+            "batch_samples": 1,
             "workers": 1,
             "threads_per_worker": 1,
             "seed": 0,
@@ -84,6 +124,16 @@ class CaptureSettings:
                     got=value,
                     expected=f"at least {minimum}",
                 )
+        for task, options in _OPTIONS_OF.items():
+            for name, default in options.items():
+                if task != self.task and getattr(self, name) != default:
+                    raise UsageError(
+                        "bad-argument",
+                        f"this option belongs to --task {task}",
+                        where=f"--{name.replace('_', '-')}",
+                        got=getattr(self, name),
+                        expected=f"options of --task {self.task}",
+                    )
         if self.seq_len > 65_536:
             # segment_ids are 16-bit, and a window may hold as many documents as tokens
             raise UsageError(
@@ -104,17 +154,21 @@ class CaptureSettings:
 
     @property
     def micro_batch(self) -> int:
-        """Full windows of one forward pass."""
+        """Full windows, or samples, of one forward pass."""
+        if self.task == "classification":
+            return self.batch_samples
         return max(1, self.batch_tokens // self.seq_len)
 
     @property
     def chunk_capacity(self) -> int:
         """Positions of a chunk."""
+        if self.task == "classification":
+            return self.chunk_positions or 2048
         return max(self.chunk_positions or 2048, self.seq_len)
 
     def configuration(self) -> Mapping[str, Any]:
         """The part that a store remembers and compares on resume, teacher and tokenizer apart."""
-        return {
+        common = {
             "signal": self.signal,
             "aux": None if self.aux is None else sorted(self.aux),
             "lse_at": list(self.lse_at),
@@ -122,6 +176,24 @@ class CaptureSettings:
             "container": self.container,
             "chunk_positions": self.chunk_capacity,
             "seed": self.seed,
+            "micro_batch": self.micro_batch,
+        }
+        if self.task == "classification":
+            return {
+                **common,
+                "task": self.task,
+                "inputs": {
+                    "input_key": self.input_key,
+                    "text_key": self.text_key,
+                    "label_key": self.label_key,
+                    "label_files": bool(self.labels),
+                    "document_separator": self.document_separator,
+                    "max_samples": self.max_samples,
+                    "shard_samples": self.shard_samples,
+                },
+            }
+        return {
+            **common,
             "packing": {
                 "seq_len": self.seq_len,
                 "text_key": self.text_key,
@@ -129,5 +201,4 @@ class CaptureSettings:
                 "max_tokens": self.max_tokens,
                 "shard_tokens": self.shard_tokens,
             },
-            "micro_batch": self.micro_batch,
         }

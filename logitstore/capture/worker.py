@@ -14,13 +14,21 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from logitstore.capture.chunks import Chunker, encode_samples, sample_encoder
 from logitstore.capture.progress import Event
-from logitstore.corpora import Corpus, Sample, pack
+from logitstore.corpora import (
+    ArrayExamples,
+    Corpus,
+    Example,
+    Sample,
+    TextExamples,
+    pack,
+)
 from logitstore.record import Record
 from logitstore.record.statistics import merge, statistics_of
 from logitstore.signals import Encoder, encoder
@@ -29,10 +37,11 @@ from logitstore.spec.errors import CaptureError, CommitError, LogitstoreError, T
 from logitstore.spec.plan import Plan, ShardPlan
 from logitstore.spec.statistics import Statistics
 from logitstore.store import ShardAttempt, StoreWriter
-from logitstore.teachers import Teacher
+from logitstore.teachers import Classifier, Teacher
 
 __all__ = [
     "MAX_TRIES",
+    "Source",
     "Work",
     "capture_shards",
     "is_out_of_memory",
@@ -47,6 +56,12 @@ _QUEUED_BLOCKS = 2
 _POLL_S = 0.2
 
 
+# What shards are made from, and what a teacher is given.
+Source = Corpus | ArrayExamples | TextExamples
+AnySample = Sample | Example
+S = TypeVar("S", Sample, Example, AnySample)
+
+
 @dataclass(frozen=True)
 class Work:
     """What a worker needs besides the shards.
@@ -55,34 +70,40 @@ class Work:
         writer, plan: of the store.
         corpus: the plan's files.
         teacher: loaded.
-        micro_batch: full windows of one forward pass.
+        micro_batch: full windows, or examples, of one forward pass.
     """
 
     writer: StoreWriter
     plan: Plan
-    corpus: Corpus
-    teacher: Teacher
+    corpus: Source
+    teacher: Teacher | Classifier
     micro_batch: int
 
-    def samples(self, shard: ShardPlan) -> Iterator[Sample]:
-        """The windows of a shard."""
-        header = self.writer.header
+    def samples(self, shard: ShardPlan) -> Iterator[AnySample]:
+        """The windows or examples of a shard."""
+        if isinstance(self.corpus, ArrayExamples | TextExamples):
+            return (e for span in shard.spans for e in self.corpus.examples(span))
+        header, teacher = self.writer.header, cast(Teacher, self.teacher)
         assert header.packing is not None
         assert header.tokenizer is not None
         documents = (d for span in shard.spans for d in self.corpus.span(span))
         return pack(
             documents,
-            self.teacher.tokenizer,
+            teacher.tokenizer,
             seq_len=header.packing.seq_len,
             bos=header.tokenizer.bos == "document",
             max_tokens=shard.max_tokens,
         )
 
+    def blocks(self, samples: Sequence[Any]) -> Iterator[Tensor]:
+        """The teacher's logits of samples."""
+        return self.teacher.blocks(samples)
 
-def micro_batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+
+def micro_batches(samples: Iterable[S], size: int) -> Iterator[list[S]]:
     """At most `size` consecutive samples of equal length, so that nothing needs padding."""
     for _, equal in groupby(samples, key=len):
-        batch: list[Sample] = []
+        batch: list[S] = []
         for sample in equal:
             batch.append(sample)
             if len(batch) == size:
@@ -143,7 +164,7 @@ class _Begin:
 class _Batch:
     """Blocks of these samples follow; a batch that is not ended is forgotten."""
 
-    samples: Sequence[Sample]
+    samples: Sequence[AnySample]
 
 
 @dataclass(frozen=True)
@@ -163,12 +184,12 @@ class _Forward:
     """Runs the teacher; halves micro-batches that do not fit into memory."""
 
     def __init__(self, work: Work, back: _WritingThread) -> None:
-        self._teacher = work.teacher
+        self._work = work
         self._back = back
         self._size = work.micro_batch
         self._halved: dict[str, None] = {}
 
-    def run(self, batch: Sequence[Sample]) -> None:
+    def run(self, batch: Sequence[AnySample]) -> None:
         start = 0
         while start < len(batch):
             part = batch[start : start + self._size]
@@ -187,10 +208,10 @@ class _Forward:
         """For the shard's commit; a halved size stays, and so does its note."""
         return tuple(self._halved)
 
-    def _fits(self, part: Sequence[Sample]) -> bool:
+    def _fits(self, part: Sequence[AnySample]) -> bool:
         self._back.put(_Batch(part))
         try:
-            for block in self._back.guarded(self._teacher.blocks(part)):
+            for block in self._back.guarded(self._work.blocks(part)):
                 self._back.put(block)
         except Exception as error:
             if is_out_of_memory(error):
@@ -327,11 +348,11 @@ class _ShardWriter:
                 if record is not None:
                     self._write(record)
 
-    def _again(self, sample: Sample) -> Record | None:
+    def _again(self, sample: AnySample) -> Record | None:
         """A sample of a failed micro-batch by itself; None when it is quarantined."""
         for _ in range(MAX_TRIES - 1):
             self._report(Event(shard=self._shard, retries=1))
-            blocks = self._guarded(self._work.teacher.blocks([sample]))
+            blocks = self._guarded(self._work.blocks([sample]))
             try:
                 return encode_samples(self._encoder, self._header, [sample], blocks)
             except Exception as error:
@@ -390,7 +411,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def one_is_too_large(sample: Sample) -> TeacherError:
+def one_is_too_large(sample: AnySample) -> TeacherError:
     """The error when halving has come to an end."""
     return TeacherError(
         "teacher-out-of-memory",

@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from logitstore.corpora.files import CorpusFormat, SourceFile, format_of
+from logitstore.corpora.files import (
+    CorpusFormat,
+    SourceFile,
+    compare,
+    describe_files,
+    format_of,
+)
 from logitstore.spec.errors import CorpusError, UsageError
 from logitstore.spec.plan import CorpusInfo, Span
 
@@ -32,6 +38,7 @@ class Document:
         key: stable name, "<file name>#<number>".
         text: what is tokenised; blank when there is nothing to capture.
         offset, size_bytes: byte range in the file; None where the format has none.
+        label: what stands under the corpus's `label_key`, if it has one.
     """
 
     file: int
@@ -40,6 +47,7 @@ class Document:
     text: str
     offset: int | None = None
     size_bytes: int | None = None
+    label: Any = None
 
     @property
     def is_blank(self) -> bool:
@@ -53,6 +61,7 @@ class Corpus:
     Args:
         files: as `find_files` gave them.
         text_key: field of a JSONL or Parquet row with the text; None means "text".
+        label_key: field of a row with its label, for classifiers.
         document_separator: splits a text file into documents; None: one file, one document.
 
     Raises: UsageError bad-argument for an option that the format does not have.
@@ -63,17 +72,20 @@ class Corpus:
         files: Sequence[SourceFile],
         *,
         text_key: str | None = None,
+        label_key: str | None = None,
         document_separator: str | None = None,
     ) -> None:
         self.files = tuple(files)
         self.format: CorpusFormat = format_of(files)
-        if self.format == "text" and text_key is not None:
-            raise _useless("--text-key", text_key, "text files have no fields")
+        for option, key in (("--text-key", text_key), ("--label-key", label_key)):
+            if self.format == "text" and key is not None:
+                raise _useless(option, key, "text files have no fields")
         if self.format != "text" and document_separator is not None:
             raise _useless("--document-separator", repr(document_separator), "a row is a document")
         if document_separator == "":
             raise _useless("--document-separator", "''", "the empty string separates nothing")
         self.text_key = None if self.format == "text" else text_key or "text"
+        self.label_key = label_key
         self.document_separator = document_separator
 
     def documents(self) -> Iterator[Document]:
@@ -91,41 +103,19 @@ class Corpus:
         """
         yield from self._read(span.file, span)
 
+    def describe(self, documents: int) -> CorpusInfo:
+        """The files by content; reads each once. `documents`: how many hold text."""
+        return describe_files(self.files, documents, self.format)
+
     def check_unchanged(self, planned: CorpusInfo, found: CorpusInfo) -> None:
         """Refuse a corpus that is not the one the plan was made from, naming the files.
 
         Raises: CorpusError corpus-changed.
         """
-        if planned.fingerprint == found.fingerprint:
-            return
-        before = {f.name: f.sha256 for f in planned.files}
-        after = {f.name: f.sha256 for f in found.files}
-        changes = [
-            f"{name}: " + ("content changed" if name in after else "missing")
-            for name, digest in before.items()
-            if after.get(name) != digest
-        ]
-        changes += [f"{name}: not in the plan" for name in after if name not in before]
-        changes = changes or ["the order of the files changed"]
-        raise CorpusError(
-            "corpus-changed",
-            "the corpus is not the one this store's plan was made from",
-            got="; ".join(changes[:8]) + (f" and {len(changes) - 8} more" if changes[8:] else ""),
-            expected=f"{len(before)} files with fingerprint {planned.fingerprint[:12]}",
-            hint="restore the files, or capture into another store",
-            data={"changes": changes},
-        )
+        compare(planned, found)
 
     def _read(self, file: int, span: Span | None) -> Iterator[Document]:
-        source = self.files[file]
-        status = source.path.stat()
-        if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
-            raise CorpusError(
-                "corpus-changed",
-                "the file changed while the capture was running",
-                where=source.path,
-                hint="start the same command again; it compares the file with the plan",
-            )
+        self.files[file].check_unchanged()
         readers: dict[str, Callable[[int, Span | None], Iterator[Document]]] = {
             "text": self._text,
             "jsonl": self._jsonl,
@@ -153,14 +143,16 @@ class Corpus:
         with source.path.open("rb") as stream:
             number, offset = _seek(stream, span)
             for line in stream:
-                text = ""
+                text, label = "", None
                 if line.strip():
-                    text = self._row_text(_decode(line, source, offset), source, number)
-                yield Document(file, number, f"{source.name}#{number}", text, offset, len(line))
+                    text, label = self._row(_decode(line, source, offset), source, number)
+                key = f"{source.name}#{number}"
+                yield Document(file, number, key, text, offset, len(line), label)
                 offset += len(line)
                 number += 1
 
-    def _row_text(self, line: str, source: SourceFile, number: int) -> str:
+    def _row(self, line: str, source: SourceFile, number: int) -> tuple[str, Any]:
+        """Text and label of a JSONL row."""
         where = f"{source.path}, line {number + 1}"
         try:
             row = json.loads(line)
@@ -180,7 +172,7 @@ class Corpus:
                 got=type(row).__name__,
                 expected=f'an object such as {{"{self.text_key}": "..."}}',
             )
-        return self._checked(row.get(self.text_key), where, list(row))
+        return self._checked(row, where, list(row))
 
     def _parquet(self, file: int, span: Span | None) -> Iterator[Document]:
         import pyarrow as pa
@@ -190,8 +182,10 @@ class Corpus:
         try:
             with pq.ParquetFile(source.path) as table:
                 names = table.schema_arrow.names
-                if self.text_key not in names:
-                    raise self._missing(f"{source.path}, row 0", names)
+                keys = [key for key in (self.text_key, self.label_key) if key is not None]
+                for key in keys:
+                    if key not in names:
+                        raise self._missing(f"{source.path}, row 0", key, names)
                 first, groups = 0, list(range(table.num_row_groups))
                 while span and groups:
                     rows = table.metadata.row_group(groups[0]).num_rows
@@ -201,13 +195,15 @@ class Corpus:
                     groups.pop(0)
                 number = first
                 for batch in table.iter_batches(
-                    batch_size=_PARQUET_ROWS, row_groups=groups, columns=[self.text_key]
+                    batch_size=_PARQUET_ROWS, row_groups=groups, columns=keys
                 ):
-                    for scalar in batch.column(0):
+                    for row in range(batch.num_rows):
                         if span is None or number >= span.first_document:
+                            values = {key: batch[key][row].as_py() for key in keys}
                             where = f"{source.path}, row {number}"
-                            text = self._checked(scalar.as_py(), where, names)
-                            yield Document(file, number, f"{source.name}#{number}", text)
+                            text, label = self._checked(values, where, names)
+                            key = f"{source.name}#{number}"
+                            yield Document(file, number, key, text, label=label)
                         number += 1
         except UnicodeDecodeError as error:
             raise CorpusError(
@@ -220,9 +216,14 @@ class Corpus:
                 where=source.path,
             ) from None
 
-    def _checked(self, value: Any, where: str, names: list[str]) -> str:
+    def _checked(self, row: dict[str, Any], where: str, names: list[str]) -> tuple[str, Any]:
+        assert self.text_key is not None
+        value = row.get(self.text_key)
         if value is None:
-            raise self._missing(where, names)
+            raise self._missing(where, self.text_key, names)
+        label = None if self.label_key is None else row.get(self.label_key)
+        if self.label_key is not None and label is None:
+            raise self._missing(where, self.label_key, names)
         if not isinstance(value, str):
             raise CorpusError(
                 "corpus-malformed",
@@ -231,16 +232,17 @@ class Corpus:
                 got=type(value).__name__,
                 expected="a string",
             )
-        return value
+        return value, label
 
-    def _missing(self, where: str, names: list[str]) -> CorpusError:
+    def _missing(self, where: str, key: str, names: list[str]) -> CorpusError:
+        what = "text" if key == self.text_key else "label"
         return CorpusError(
             "corpus-missing-key",
-            f"no text under the key {self.text_key!r}",
+            f"no {what} under the key {key!r}",
             where=where,
             got="keys " + (", ".join(map(str, names[:12])) or "none"),
-            expected=repr(self.text_key),
-            hint="name the field that holds the text with --text-key",
+            expected=repr(key),
+            hint=f"name the field that holds the {what} with --{what}-key",
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from logitstore.spec.document import canonical_json, sha256_hex
-from logitstore.spec.errors import NotFoundError, UsageError
+from logitstore.spec.errors import CorpusError, NotFoundError, UsageError
 from logitstore.spec.plan import CorpusFile, CorpusInfo
 
 __all__ = ["CorpusFormat", "SourceFile", "describe_files", "find_files"]
@@ -41,6 +41,20 @@ class SourceFile:
     name: str
     size_bytes: int
     modified_ns: int
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that is not as it was found.
+
+        Raises: CorpusError corpus-changed.
+        """
+        status = self.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (self.size_bytes, self.modified_ns):
+            raise CorpusError(
+                "corpus-changed",
+                "the file changed while the capture was running",
+                where=self.path,
+                hint="start the same command again; it compares the file with the plan",
+            )
 
 
 def find_files(patterns: Sequence[str]) -> tuple[SourceFile, ...]:
@@ -99,16 +113,48 @@ def format_of(files: Sequence[SourceFile]) -> CorpusFormat:
     return next(iter(formats))
 
 
-def describe_files(files: Sequence[SourceFile], documents: int) -> CorpusInfo:
-    """The corpus by content: reads every file once for its SHA-256."""
+def describe_files(
+    files: Sequence[SourceFile], documents: int, kind: str | None = None
+) -> CorpusInfo:
+    """The corpus by content: reads every file once for its SHA-256.
+
+    Args:
+        kind: format to record; None: as the names say.
+    """
+    kind = kind or format_of(files)
     described = tuple(
         CorpusFile(name=f.name, bytes=f.size_bytes, sha256=_sha256(f.path)) for f in files
     )
-    kind = format_of(files)
     digest = sha256_hex(
         canonical_json({"format": kind, "files": [f.model_dump(mode="json") for f in described]})
     )
     return CorpusInfo(format=kind, files=described, documents=documents, fingerprint=digest)
+
+
+def compare(planned: CorpusInfo, found: CorpusInfo) -> None:
+    """Refuse a corpus that is not the one the plan was made from, naming the files.
+
+    Raises: CorpusError corpus-changed.
+    """
+    if planned.fingerprint == found.fingerprint:
+        return
+    before = {f.name: f.sha256 for f in planned.files}
+    after = {f.name: f.sha256 for f in found.files}
+    changes = [
+        f"{name}: " + ("content changed" if name in after else "missing")
+        for name, digest in before.items()
+        if after.get(name) != digest
+    ]
+    changes += [f"{name}: not in the plan" for name in after if name not in before]
+    changes = changes or ["the order of the files changed"]
+    raise CorpusError(
+        "corpus-changed",
+        "the corpus is not the one this store's plan was made from",
+        got="; ".join(changes[:8]) + (f" and {len(changes) - 8} more" if changes[8:] else ""),
+        expected=f"{len(before)} files with fingerprint {planned.fingerprint[:12]}",
+        hint="restore the files, or capture into another store",
+        data={"changes": changes},
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -211,6 +211,7 @@ KINDS: dict[str, str] = {
     "corpus-empty": "the corpus holds no document with text",
     "corpus-not-utf8": "a text file is not UTF-8",
     "corpus-missing-key": "a row lacks the text key",
+    "corpus-label": "a label is no class of the teacher",
     "corpus-malformed": "a row or file cannot be parsed",
     "corpus-changed": "the corpus is not the one the plan was made from",
     # teacher
@@ -255,6 +256,8 @@ KINDS: dict[str, str] = {
     "disk-full": "no space left",
     "permission-denied": "the process may not read or write there",
     "storage-failed": "a storage operation failed",
+    "credentials-missing": "the environment holds no credentials for this object store",
+    "not-cached": "offline, and the cache does not hold what is needed",
     "fork-unsafe": "a remote store was used in a forked child",
     "unsupported-url": "no reader for this kind of URL",
     # alignment and tokenizer
@@ -272,6 +275,15 @@ KINDS: dict[str, str] = {
     "label-missing": "labels are needed and were not given",
     "not-retemperable": "these targets cannot be softened to another temperature",
     # service
+    "store-not-found": "the service has no store of that name",
+    "store-unavailable": "a store of the service cannot be read now",
+    "path-not-found": "the service has nothing at that path",
+    "method-not-allowed": "the path answers GET and HEAD only",
+    "not-acceptable": "none of the accepted media types or codings can be sent",
+    "precondition-failed": "the object is not the one the request names",
+    "range-not-satisfiable": "the ranges asked for cannot be sent",
+    "cursor-invalid": "a cursor cannot be read, or belongs to another store or question",
+    "internal": "the service failed",
     "unsafe-bind": "the service would be open to a network without a guard",
     "keys-file": "the file of keys cannot be used",
     "key-not-found": "the file of keys has no key of that id",

@@ -1,5 +1,11 @@
 """Teachers: samples to blocks of raw logits."""
 
-from logitstore.teachers.base import Teacher, TeacherOptions, load_teacher
+from logitstore.teachers.base import (
+    Classifier,
+    Teacher,
+    TeacherOptions,
+    load_classifier,
+    load_teacher,
+)
 
-__all__ = ["Teacher", "TeacherOptions", "load_teacher"]
+__all__ = ["Classifier", "Teacher", "TeacherOptions", "load_classifier", "load_teacher"]

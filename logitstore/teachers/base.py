@@ -11,11 +11,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from logitstore.corpora import Sample, Tokenizer
+from logitstore.corpora import Classes, Example, Sample, Tokenizer
 from logitstore.spec.errors import TeacherError, UsageError
 from logitstore.spec.header import TeacherInfo
 
-__all__ = ["BLOCK_BYTES", "Teacher", "TeacherOptions", "block_rows", "load_teacher"]
+__all__ = [
+    "BLOCK_BYTES",
+    "Classifier",
+    "Teacher",
+    "TeacherOptions",
+    "block_rows",
+    "load_classifier",
+    "load_teacher",
+]
 
 # Float32 logits of one block. Large enough for an efficient product with the output layer, small
 # beside any model; two blocks wait between teacher and encoder.
@@ -75,23 +83,71 @@ class Teacher(Protocol):
         ...
 
 
+class Classifier(Protocol):
+    """A loaded teacher of classes.
+
+    Attributes:
+        vocab_size: V, the number of classes.
+        classes: how a corpus may name them.
+        settings: how it computes, as far as that decides the stored bytes.
+    """
+
+    vocab_size: int
+    classes: Classes
+
+    @property
+    def settings(self) -> Mapping[str, str | int]: ...
+
+    def describe(self) -> TeacherInfo:
+        """Provenance; reads the weights' files for their digest."""
+        ...
+
+    def blocks(self, samples: Sequence[Example]) -> Iterator[Tensor]:
+        """Raw logits of samples, float [B, V] together, on the teacher's device.
+
+        Raises: TeacherError teacher-shape; whatever the model raises.
+        """
+        ...
+
+
 def load_teacher(name: str, options: TeacherOptions) -> Teacher:
-    """Load `hf:PATH_OR_ID` or `py:module:function`.
+    """Load a language model, `hf:PATH_OR_ID` or `py:module:function`.
 
     Raises: UsageError bad-argument; TeacherError teacher-load.
     """
+    kind, rest = _prepare(name, options)
+    if kind == "hf":
+        from logitstore.teachers.causal_lm import CausalLM
+
+        return CausalLM.load(rest, options)
+    from logitstore.teachers.function import FunctionTeacher
+
+    return FunctionTeacher.load(rest, options)
+
+
+def load_classifier(name: str, options: TeacherOptions) -> Classifier:
+    """Load a classifier, `hf:PATH_OR_ID` or `py:module:function`.
+
+    Raises: UsageError bad-argument; TeacherError teacher-load.
+    """
+    kind, rest = _prepare(name, options)
+    if kind == "hf":
+        from logitstore.teachers.classifier import SequenceClassifier
+
+        return SequenceClassifier.load(rest, options)
+    from logitstore.teachers.classifier import FunctionClassifier
+
+    return FunctionClassifier.load(rest, options)
+
+
+def _prepare(name: str, options: TeacherOptions) -> tuple[str, str]:
+    """Kind and rest of a teacher's name; sets this process's threads."""
     import torch
 
     torch.set_num_threads(options.threads)
     kind, _, rest = name.partition(":")
-    if kind == "hf" and rest:
-        from logitstore.teachers.causal_lm import CausalLM
-
-        return CausalLM.load(rest, options)
-    if kind == "py" and rest:
-        from logitstore.teachers.function import FunctionTeacher
-
-        return FunctionTeacher.load(rest, options)
+    if kind in ("hf", "py") and rest:
+        return kind, rest
     raise UsageError(
         "bad-argument",
         "no such kind of teacher",

@@ -12,7 +12,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -28,10 +27,9 @@ from logitstore.corpora import FastTokenizer, Sample, Tokenizer
 from logitstore.spec.errors import TeacherError, UsageError
 from logitstore.spec.header import TeacherInfo
 from logitstore.teachers.base import TeacherOptions, block_rows, device_of
+from logitstore.teachers.folder import dtype_of, folder_of, weights_sha256
 
 __all__ = ["CausalLM"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Largest difference between two ways to the same logits, in standard deviations of the logits.
 # Leaks between segments and forgotten scalings are 0.1 and more.
@@ -83,18 +81,9 @@ class CausalLM:
                 "an hf: teacher needs transformers",
                 hint="pip install 'logitstore[hf]'",
             ) from None
-        if options.dtype not in ("auto", *_DTYPES):
-            raise UsageError(
-                "bad-argument",
-                "no such dtype",
-                where="--dtype",
-                got=options.dtype,
-                expected="auto, " + ", ".join(_DTYPES),
-            )
         device = device_of(options)
-        automatic = torch.float32 if device == "cpu" else "auto"
-        dtype = _DTYPES.get(options.dtype, automatic)
-        folder = _folder_of(name)
+        dtype = dtype_of(options, device)
+        folder = folder_of(name)
         logging.disable_progress_bar()
         try:
             hf_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -135,7 +124,7 @@ class CausalLM:
         return TeacherInfo(
             name=f"hf:{self._name}",
             revision=parts[-1] if "snapshots" in parts else None,
-            fingerprint=_weights_sha256(self._folder),
+            fingerprint=weights_sha256(self._folder),
             engine="transformers",
             engine_version=f"{transformers.__version__} torch {torch.__version__}",
             compute_dtype=str(self._model.dtype).removeprefix("torch."),
@@ -229,51 +218,3 @@ class CausalLM:
     def _same(self, one: Tensor, other: Tensor) -> bool:
         difference = (one.float() - other.float()).abs().max() / other.float().std()
         return bool(difference <= _TOLERANCE.get(self._model.dtype, 1e-3))
-
-
-def _folder_of(name: str) -> Path:
-    """The model's folder: the one named, or the hub's snapshot of that id.
-
-    Raises: TeacherError teacher-load.
-    """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise TeacherError(
-                "teacher-load",
-                "no such folder",
-                where=f"hf:{name}",
-                expected="a transformers folder or a hub id (owner/model)",
-            )
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model"]
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
-        except Exception as error:
-            raise TeacherError(
-                "teacher-load",
-                f"neither a folder nor a model the hub gives: {str(error).splitlines()[0]}",
-                where=f"hf:{name}",
-                hint="download it first and name its folder: hf:FOLDER",
-            ) from error
-    if not any(folder.glob("*.safetensors")):
-        raise TeacherError(
-            "teacher-load",
-            "the folder holds no safetensors weights",
-            where=folder,
-            got=", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "an empty folder",
-            expected="*.safetensors (pickled weights are never loaded)",
-            hint="load the model once with transformers and save_pretrained it",
-        )
-    return folder
-
-
-def _weights_sha256(folder: Path) -> str:
-    """SHA-256 over names and contents of configuration and weights."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").digest()
-        digest.update(path.name.encode() + b"\0" + content)
-    return digest.hexdigest()

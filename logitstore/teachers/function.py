@@ -31,7 +31,31 @@ from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import TeacherInfo
 from logitstore.teachers.base import TeacherOptions, block_rows, device_of
 
-__all__ = ["FunctionTeacher"]
+__all__ = ["FunctionTeacher", "load_function"]
+
+
+def load_function(name: str) -> tuple[Any, str]:
+    """Import and call `module:function`: what it returns, and its module's source.
+
+    Modules are also found in the working directory.
+
+    Raises: TeacherError teacher-load.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+        function: Callable[[], Any] = getattr(module, function_name)
+        return function(), inspect.getsource(module)
+    except Exception as error:
+        raise TeacherError(
+            "teacher-load",
+            f"the teacher's function failed: {type(error).__name__}: {error}",
+            where=f"py:{name}",
+            expected="py:MODULE:FUNCTION, importable from here, taking no argument",
+        ) from error
 
 
 class FunctionTeacher:
@@ -59,27 +83,11 @@ class FunctionTeacher:
 
     @classmethod
     def load(cls, name: str, options: TeacherOptions) -> FunctionTeacher:
-        """Import and call the function; modules are also found in the working directory.
+        """Import and call the function.
 
         Raises: TeacherError teacher-load.
         """
-        module_name, _, function_name = name.partition(":")
-        here = os.getcwd()
-        if here not in sys.path:
-            sys.path.append(here)
-        try:
-            module = importlib.import_module(module_name)
-            function: Callable[[], Any] = getattr(module, function_name)
-            model = function()
-            source = inspect.getsource(module)
-        except Exception as error:
-            raise TeacherError(
-                "teacher-load",
-                f"the teacher's function failed: {type(error).__name__}: {error}",
-                where=f"py:{name}",
-                expected="py:MODULE:FUNCTION, importable from here, taking no argument",
-            ) from error
-        return cls(name, model, source, options)
+        return cls(name, *load_function(name), options)
 
     def describe(self) -> TeacherInfo:
         digest = hashlib.sha256(self._source.encode())

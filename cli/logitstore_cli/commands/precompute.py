@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = """\
 logitstore precompute --teacher hf:FOLDER --corpus 'texts/*.txt' --signal topk:64 --out STORE
-logitstore precompute --config capture.toml --dry-run"""
+logitstore precompute --config capture.toml --dry-run
+logitstore precompute --task classification --teacher py:MODULE:FUNCTION --corpus images.npy \
+  --labels labels.npy --signal dense --out STORE"""
 
 
 class CommaList(click.ParamType[tuple[Any, ...]]):
@@ -69,7 +71,15 @@ class Separator(click.ParamType[str]):
     required=True,
     multiple=True,
     metavar="FILE...",
-    help="Text, JSONL (.jsonl) or Parquet (.parquet) files, or quoted patterns.",
+    help="Text, JSONL (.jsonl) or Parquet (.parquet) files, or quoted patterns; "
+    "for classification also .npy, .npz and IDX (*-ubyte.gz).",
+)
+@click.option(
+    "--task",
+    type=click.Choice(["language-model", "classification"]),
+    default="language-model",
+    show_default=True,
+    help="What the teacher is: one row of logits for every token, or one for every sample.",
 )
 @click.option("--signal", required=True, help="What to keep of a distribution: topk:64, ...")
 @click.option("--out", required=True, metavar="STORE", help="Folder or URL of the store.")
@@ -91,6 +101,25 @@ class Separator(click.ParamType[str]):
     "--document-separator",
     type=Separator(),
     help=r"Splits text files into documents, such as '\n\n'; default: a file is one.",
+)
+@click.option(
+    "--labels",
+    multiple=True,
+    metavar="FILE",
+    help="Classification: files of labels, one for each file of arrays, in the same order.",
+)
+@click.option("--label-key", help="Classification: field of a row, or array of an .npz, of labels.")
+@click.option(
+    "--input-key", help="Classification: array of an .npz of the inputs; default: inputs."
+)
+@click.option("--max-samples", type=int, help="Classification: capture only so many samples.")
+@click.option("--shard-samples", type=int, help="Classification: samples of a shard.")
+@click.option(
+    "--batch-samples",
+    type=int,
+    default=256,
+    show_default=True,
+    help="Classification: of a forward pass.",
 )
 @click.option("--max-tokens", type=int, help="Capture only so many tokens of the corpus.")
 @click.option("--shard-tokens", type=int, help="Tokens of a shard; default: two minutes' worth.")
@@ -176,7 +205,7 @@ def _capture(out: Output, settings: CaptureSettings, progress: str, as_json: boo
     from logitstore.spec.errors import PartialError
 
     try:
-        with show_progress(out, progress) as on_progress:
+        with show_progress(out, progress, _noun(settings)) as on_progress:
             result = precompute(settings, on_progress=on_progress, on_note=out.note)
     except PartialError as error:
         if as_json:
@@ -186,17 +215,21 @@ def _capture(out: Output, settings: CaptureSettings, progress: str, as_json: boo
         out.note(note)
     if as_json:
         out.json("precompute", {"complete": True, **dataclasses.asdict(result)})
-    out.note(_summary(result))
+    out.note(_summary(result, _noun(settings)))
 
 
-def _summary(result: CaptureResult) -> str:
+def _noun(settings: CaptureSettings) -> str:
+    return "samples" if settings.task == "classification" else "tokens"
+
+
+def _summary(result: CaptureResult, noun: str) -> str:
     if not result.shards:
         return f"{result.store} is complete: {result.skipped_shards} shards"
     per_token = result.stored_bytes / max(result.tokens, 1)
     return (
-        f"{result.store}: {result.tokens:,} tokens in {result.shards} shards, "
-        f"{readable_bytes(result.stored_bytes)} ({per_token:.1f} bytes per token), "
-        f"{result.tokens / max(result.seconds, 1e-9):,.0f} tokens/s"
+        f"{result.store}: {result.tokens:,} {noun} in {result.shards} shards, "
+        f"{readable_bytes(result.stored_bytes)} ({per_token:.1f} bytes per {noun[:-1]}), "
+        f"{result.tokens / max(result.seconds, 1e-9):,.0f} {noun}/s"
     )
 
 
@@ -207,22 +240,23 @@ def _dry_run(out: Output, settings: CaptureSettings, as_json: bool) -> None:
     if as_json:
         out.json("precompute-dry-run", dataclasses.asdict(found))
     else:
-        out.table(["", "estimate"], _rows(found))
+        out.table(["", "estimate"], _rows(found, _noun(settings)))
 
 
-def _rows(found: Estimate) -> list[tuple[str, str]]:
+def _rows(found: Estimate, noun: str) -> list[tuple[str, str]]:
     about = "" if found.exact_tokens else "about "
-    return [
+    rows = [
         ("documents", f"{found.documents:,}"),
-        ("tokens", f"{about}{found.tokens:,}"),
+        (noun, f"{about}{found.tokens:,}"),
         ("shards", f"{found.shards:,}"),
-        ("bytes per token", f"{found.bytes_per_token:.1f}"),
+        (f"bytes per {noun[:-1]}", f"{found.bytes_per_token:.1f}"),
         ("bytes", f"{found.stored_bytes:,} ({readable_bytes(found.stored_bytes)})"),
-        ("tokens/s of a worker", f"{found.tokens_per_s:,.0f}"),
+        (f"{noun}/s of a worker", f"{found.tokens_per_s:,.0f}"),
         ("hours", f"{found.hours:.2f}"),
-        ("nats per token", f"{found.nll:.3f}"),
-        ("pilot tokens", f"{found.pilot_tokens:,}"),
     ]
+    if found.nll is not None:
+        rows.append((f"nats per {noun[:-1]}", f"{found.nll:.3f}"))
+    return [*rows, (f"pilot {noun}", f"{found.pilot_tokens:,}")]
 
 
 def _typed(ctx: click.Context) -> str:
