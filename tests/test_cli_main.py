@@ -243,6 +243,21 @@ def test_a_pipe_that_closes_early_is_quiet(probe: Path) -> None:
         assert process.wait() == 1
 
 
+def test_a_closed_stdout_is_no_mistake_of_ours(probe: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", *program(probe, "probe", "ok")]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "note\nwarning: warning text\n")
+
+
+def test_a_full_stdout_is_said(probe: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        command = program(probe, "probe", "ok", "--quiet")
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_completion_offers_commands_without_loading_them(probe: Path) -> None:
     environment = {
         **os.environ,

@@ -75,6 +75,26 @@ def test_inspect_json_holds_the_whole_sample(sealed, tell):
     assert store.Snapshot.from_state(body["snapshot"]) == store.open(sealed).snapshot
 
 
+def test_ranks_are_shown_as_integers(tmp_path, tell):
+    header = new_header(
+        parse_signal("topk:4"),
+        vocab_size=60_000,
+        configuration={},
+        teacher=TeacherInfo(name="numpy"),
+        aux=["label_logprob", "label_rank"],
+    )
+    record = random_record(header.schema_, [3], seed=1, vocab_size=60_000)
+    record["label_rank"][:] = [44_479, 3, 0]
+    with store.create(tmp_path / "st", header) as writer:
+        planned = writer.add_push_plan()
+        with writer.begin("0001-000000", planned) as attempt:
+            attempt.add(record)
+            attempt.commit(statistics=merge([]))
+    assert " 44,479 " in tell("inspect", tmp_path / "st")[1]
+    rows = json.loads(tell("inspect", tmp_path / "st", "--json")[1])["sample"]["rows"]
+    assert [row["fields"]["label_rank"] for row in rows] == [44_479, 3, 0]
+
+
 def test_inspect_of_a_sample_that_is_not_there(sealed, tell):
     code, _, said = tell("inspect", sealed, "--sample", 18)
     assert code == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +158,29 @@ def test_an_exception_keeps_what_was_committed_and_drops_the_rest(tmp_path):
         loop()
     assert everything(tmp_path / "s")["tokens"].tolist() == [1, 2, 3]
     assert len(list((tmp_path / "s" / "shards").iterdir())) == 1
+
+
+@pytest.mark.parametrize("moment", ["add", "close"])
+def test_a_full_disk_closes_the_writer_and_leaves_nothing_behind(tmp_path, monkeypatch, moment):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    w = open_writer(tmp_path / "s", chunk_positions=4)
+    w.add([1, 2, 3], rows(3))
+    w.flush()
+    w.add([4, 5, 6], rows(3))
+    if moment == "add":
+        monkeypatch.setattr("logitstore.containers.zarr_shard._Writer.add", full)
+    else:
+        monkeypatch.setattr(os, "link", full)
+    with pytest.raises(StorageError) as caught:
+        w.add([7, 8, 9], rows(3)) if moment == "add" else w.close()
+    monkeypatch.undo()
+    assert caught.value.kind == "disk-full"
+    assert len(list((tmp_path / "s" / "shards").iterdir())) == 1
+    with pytest.raises(CaptureError, match="writer-closed"):
+        w.add([1], rows(1))
+    assert everything(tmp_path / "s")["tokens"].tolist() == [1, 2, 3]
 
 
 def test_sessions_append_under_plans_of_their_own(tmp_path):

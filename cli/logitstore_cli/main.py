@@ -97,7 +97,8 @@ def run(args: list[str]) -> int:
     """Run the command line and return its exit code; a failure is a message on stderr."""
     try:
         code = cli.main(args, prog_name="logitstore", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: started with a closed stdout
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.exceptions.Abort:  # what click makes of KeyboardInterrupt
         click.echo("interrupted", err=True)

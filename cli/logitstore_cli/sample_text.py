@@ -117,6 +117,8 @@ def _pairs(
     return ((int(ids[i]), float(numbers[i])) for i in heaviest)
 
 
-def _finite(value: Any) -> float:
+def _finite(value: Any) -> float | int:
     """JSON has no infinities; a log-prob of -inf shows as the lowest float16."""
+    if isinstance(value, np.integer):
+        return int(value)
     return float(np.nan_to_num(np.float64(value), neginf=-65504.0, posinf=65504.0))

@@ -14,7 +14,8 @@ Letters: T positions of a sample, V vocabulary.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -151,7 +152,7 @@ class PushWriter:
     """Adds samples to a store. Made by `writer`; not thread-safe.
 
     Leaving the `with` block commits what was added; an exception inside it keeps what was committed
-    before and drops the rest.
+    before and drops the rest. So does storage that fails: the writer is closed then.
 
     Attributes:
         header: of the store.
@@ -307,7 +308,8 @@ class PushWriter:
             self._write(chunk)
         if self._attempt is None:
             return
-        commit = self._attempt.commit(statistics=merge(self._statistics))
+        with self._dropped_on_failure():
+            commit = self._attempt.commit(statistics=merge(self._statistics))
         self._shards += 1
         self.num_samples += commit.samples
         self.num_positions += commit.positions
@@ -325,11 +327,21 @@ class PushWriter:
             self._attempt.abandon()
         self._store.close()
 
+    @contextmanager
+    def _dropped_on_failure(self) -> Iterator[None]:
+        """A shard that a write failed in cannot go on: half a chunk may stand there."""
+        try:
+            yield
+        except BaseException:
+            self._drop()
+            raise
+
     def _write(self, chunk: Record) -> None:
-        if self._attempt is None:
-            shard = shard_name(self._plan.number, self._shards)
-            self._attempt = self._store.begin(shard, self._plan)
-        self._attempt.add(chunk)
+        with self._dropped_on_failure():
+            if self._attempt is None:
+                shard = shard_name(self._plan.number, self._shards)
+                self._attempt = self._store.begin(shard, self._plan)
+            self._attempt.add(chunk)
         self._statistics.append(statistics_of(chunk))
 
     def _columns(

@@ -124,13 +124,17 @@ def _print_sample(out: Output, decoded: dict[str, Any]) -> None:
                 *[_visible(out, row["text"])] * has_token,
                 str(row["position"]),
                 *[_visible(out, row["label_text"])] * has_label,
-                *(f"{row['fields'][name]:.4g}" for name in fields),
+                *(_number(row["fields"][name]) for name in fields),
                 kept,
             ]
         )
     out.table([*names, *fields, decoded["kept_value"] or ""], table)
     if decoded["length"] > len(decoded["rows"]):
         out.data(f"... and {decoded['length'] - len(decoded['rows']):,} more (--rows)")
+
+
+def _number(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _visible(out: Output, token: str) -> str:
