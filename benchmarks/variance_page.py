@@ -132,7 +132,13 @@ def page(result: dict[str, Any], arms: Sequence[Any], at: Callable[..., float | 
     ]
     out += table(["tau", "error without rounding", "steps of 1/64 nat", "float16 label"], lines)
     out += ["", ROUNDING]
-    out += ["", "## Error at equal bytes", "", "Interpolated between the settings measured.", ""]
+    out += [
+        "",
+        "## Error at equal bytes",
+        "",
+        "Interpolated between the settings measured; empty where none is near.",
+        "",
+    ]
     lines = []
     for name in FAMILIES:
         values = [at(family(arms, name), "bytes_per_token", b) for b in BUDGETS]
