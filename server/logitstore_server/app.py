@@ -1,0 +1,171 @@
+"""The application: which paths there are, and what stands behind them.
+
+    app = create_app(ServerSettings(stores=["demo=/data/demo"]))
+
+It only reads. What it answers follows from the request and the stores alone, so any number of
+worker processes serve the same. Who may ask is decided in front of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+
+from logitstore.spec.errors import KINDS, LogitstoreError
+from logitstore.spec.version import __version__
+from logitstore_server import files
+from logitstore_server.problems import ServiceError, install
+from logitstore_server.routing import GetRoute, Problem, problems, registry_of
+from logitstore_server.settings import ServerSettings
+from logitstore_server.stores import Registry, ServedStore
+
+__all__ = ["create_app"]
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: str = Field(examples=["ok"])
+
+
+class StoreSummary(BaseModel):
+    """One store of the service."""
+
+    name: str = Field(description="Its name in URLs.")
+    available: bool = Field(description="Whether it can be opened; the rest is null if not.")
+    sealed: bool | None = Field(default=None, description="Complete, so it never changes.")
+    sample_kind: str | None = Field(default=None, examples=["sequence"])
+    signal: str | None = Field(default=None, examples=["topk:64"])
+    samples: int | None = None
+    positions: int | None = None
+    shards: int | None = None
+    bytes: int | None = Field(default=None, description="Of all shard objects.")
+
+
+class StoreList(BaseModel):
+    """The stores that the client may read."""
+
+    stores: list[StoreSummary]
+
+
+def create_app(settings: ServerSettings) -> FastAPI:
+    """The application for these settings. Stores are opened when they are first asked for."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        app.state.registry.close()
+
+    app = FastAPI(
+        title="logitstore",
+        version=__version__,
+        summary="Stores of teacher distributions, read-only.",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    app.router.route_class = GetRoute
+    app.state.settings = settings
+    app.state.registry = Registry(settings.stores)
+    # Set by whoever stops the service, so that no new client is sent here.
+    app.state.draining = False
+    install(app)
+    files.add_routes(app)
+    app.get("/v1/stores", tags=["stores"], response_model=StoreList, responses=problems())(stores)
+    app.get("/healthz", tags=["service"], response_model=Health, responses=problems())(healthz)
+    app.get("/readyz", tags=["service"], response_model=Health, responses=problems())(readyz)
+    app.get("/v1/openapi.json", tags=["service"], responses=problems())(openapi_document)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def healthz() -> Health:
+    """Whether the process lives. It says nothing about the stores."""
+    return Health(status="ok")
+
+
+async def readyz(request: Request) -> Health:
+    """Whether every store can be opened and the service is not about to stop."""
+    if request.app.state.draining:
+        raise ServiceError("store-unavailable", "the service is stopping")
+    registry = registry_of(request)
+    failed = 0
+    for served in registry:
+        try:
+            await run_in_threadpool(served.opened)
+        except LogitstoreError:
+            failed += 1
+    if failed:
+        raise ServiceError(
+            "store-unavailable", f"{failed} of {len(registry)} stores cannot be opened"
+        )
+    return Health(status="ready")
+
+
+async def stores(request: Request) -> StoreList:
+    """The stores that the client may read, in the order of the service's settings."""
+    # Put there by the check of keys; absent where no key is asked for.
+    allowed = request.scope.get("state", {}).get("allowed_stores")
+    return StoreList(
+        stores=[
+            await run_in_threadpool(_summary, served)
+            for served in registry_of(request)
+            if allowed is None or served.name in allowed
+        ]
+    )
+
+
+async def openapi_document(request: Request) -> JSONResponse:
+    """This description of the service."""
+    return JSONResponse(request.app.openapi())
+
+
+def _summary(served: ServedStore) -> StoreSummary:
+    try:
+        opened = served.opened()
+    except LogitstoreError:
+        return StoreSummary(name=served.name, available=False)
+    header, index = opened.store.header, opened.index
+    return StoreSummary(
+        name=served.name,
+        available=True,
+        sealed=opened.sealed,
+        sample_kind=header.sample_kind,
+        signal=str(header.signal),
+        samples=index.samples,
+        positions=index.positions,
+        shards=len(index.shards),
+        bytes=sum(row.object_bytes for row in index.shards),
+    )
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI with one form of error everywhere."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version="1",
+            summary=app.summary,
+            description=(
+                "Paths under /v1 keep their meaning; answers may gain keys, which clients must "
+                "ignore. Every GET answers HEAD as well. Error kinds: "
+                + ", ".join(sorted(KINDS))
+                + "."
+            ),
+            routes=app.routes,
+        )
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.pop("HTTPValidationError", None)
+        schemas.pop("ValidationError", None)
+        schemas["Problem"] = Problem.model_json_schema()
+        app.openapi_schema = document
+    return app.openapi_schema
