@@ -48,7 +48,8 @@ class Batch:
 
     Attributes:
         labels: int64 [B, T], tokens[:, t + 1] inside a segment, -100 where there is none (the last
-            position of a segment, padding); for classification int64 [B].
+            position of a segment, padding); for classification int64 [B], -100 where the store
+            keeps no labels.
         targets: flat (`lengths` tells samples apart); `targets.padded()` gives [B, T, ...].
         sample_keys: stable names from the corpus, empty strings where the store keeps none.
         sample_ids: shard and row of each sample.
