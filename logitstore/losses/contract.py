@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ __all__ = [
     "LOSSES",
     "MISSING",
     "LossAndCount",
+    "LossFunction",
     "LossInfo",
     "Missing",
     "Reduction",
@@ -83,7 +85,7 @@ class LossInfo:
     needs_labels: bool = False
     source: str = ""
     aliases: tuple[str, ...] = ()
-    function: Callable[..., Any] | None = None
+    function: LossFunction | None = None
 
     def check_signal(self, signal: str) -> None:
         """Refuse a signal this loss has no meaning for."""
@@ -124,7 +126,54 @@ class LossInfo:
 # canonical name -> LossInfo; filled by `@loss` when a loss module is imported.
 LOSSES: dict[str, LossInfo] = {}
 
-F = TypeVar("F", bound=Callable[..., Any])
+
+class LossFunction(Protocol):
+    """A declared loss as type checkers see it: a tensor unless `with_count` asks for the count.
+
+    `inspect.signature` and help() show each loss's own options; a checker takes them as they come.
+    """
+
+    info: LossInfo
+    __name__: str
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        targets: Targets,
+        *,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        reduction: Reduction = ...,
+        with_count: Literal[False] = False,
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        targets: Targets,
+        *,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        reduction: Reduction = ...,
+        with_count: Literal[True],
+        **options: Any,
+    ) -> LossAndCount: ...
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        targets: Targets,
+        *,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        reduction: Reduction = ...,
+        with_count: bool,
+        **options: Any,
+    ) -> Tensor | LossAndCount: ...
 
 
 def loss(
@@ -135,10 +184,10 @@ def loss(
     needs_labels: bool = False,
     source: str,
     aliases: tuple[str, ...] = (),
-) -> Callable[[F], F]:
+) -> Callable[[Callable[..., Tensor | LossAndCount]], LossFunction]:
     """Declare a loss: register it, and check targets, `missing=` and labels on each call."""
 
-    def decorate(function: F) -> F:
+    def decorate(function: Callable[..., Tensor | LossAndCount]) -> LossFunction:
         info = LossInfo(
             name=function.__name__,
             signals=signals,
@@ -167,9 +216,9 @@ def loss(
                 )
             return function(student_logits, targets, **options)
 
-        info = LOSSES[info.name] = replace(info, function=checked)
-        checked.info = info  # type: ignore[attr-defined]
-        return checked  # type: ignore[return-value]
+        declared = cast(LossFunction, checked)
+        info = declared.info = LOSSES[info.name] = replace(info, function=declared)
+        return declared
 
     return decorate
 
@@ -189,9 +238,16 @@ _CAPTURE_FLAG = {
 def require(
     targets: Targets, name: str, needed_by: str, *, temperature: float | None = None
 ) -> Tensor:
-    """The field `name` (or `lse_at[temperature]`), or an error naming the capture flag."""
+    """The field `name` (or `lse_at[temperature]`), or an error naming the capture flag.
+
+    A stored temperature within 1e-6 (relative) is the same one, so that T = 1/gamma finds what was
+    captured as a rounded decimal.
+    """
     if temperature is not None:
-        value = targets.lse_at.get(float(temperature))
+        value = next(
+            (x for t, x in targets.lse_at.items() if math.isclose(t, temperature, rel_tol=1e-6)),
+            None,
+        )
         if value is None:
             held = ", ".join(str(t) for t in targets.lse_at) or "none"
             raise TargetsError(
@@ -312,6 +368,18 @@ def align(
         leading,
         row_of_position,
     )
+
+
+@overload
+def reduce(
+    loss_R: Tensor, rows: Rows, reduction: Reduction, with_count: Literal[False]
+) -> Tensor: ...
+
+
+@overload
+def reduce(
+    loss_R: Tensor, rows: Rows, reduction: Reduction, with_count: bool
+) -> Tensor | LossAndCount: ...
 
 
 def reduce(

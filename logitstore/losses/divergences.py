@@ -176,8 +176,6 @@ def tvd_bracket(
 
 def _bracket(lower_R: Tensor, upper_R: Tensor, rows: Rows, reduction: Reduction) -> Bracket:
     lower, upper = (reduce(x_R, rows, reduction, False) for x_R in (lower_R, upper_R))
-    assert isinstance(lower, Tensor)
-    assert isinstance(upper, Tensor)
     return Bracket(lower, upper)
 
 

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss, require
 from logitstore.losses.positions import Positions, counted_positions
-from logitstore.losses.sparse_logprobs import chunk_rows
+from logitstore.losses.sparse_logprobs import chunk_rows, refuse_second_derivative
 from logitstore.spec.errors import UsageError
 from logitstore.targets import PAD_ID, DenseTargets, Targets, TopKTargets
 from logitstore.targets.dense import at_least_float32
@@ -57,8 +56,8 @@ def dual_head(
     targets)` with aux from `AuxiliaryHead` and, as the released code does on CIFAR-100,
     `gradient_alignment`.
 
-    From stored ids the loss is exact on them (raw logit = log-prob + lse). For the others,
-    `missing`:
+    From stored ids, always-ids included, the loss is exact on them (raw logit = log-prob + lse).
+    For the others, `missing`:
 
     - "none": nothing. No bound in the residual mass exists: each omitted class may carry a gradient
       of up to T/2 whatever its probability.
@@ -117,7 +116,11 @@ def _stored(at: Positions, temperature: float, form: str, *, one_sided: bool) ->
     teacher_NK = torch.where(valid_NK & (raw_NK > -math.inf), raw_NK, student_NK.detach())
     loss_N = _class_sums(student_NK, teacher_NK, temperature, form)
     if one_sided:
-        last_N1 = torch.where(valid_NK, raw_NK, math.inf).amin(-1, keepdim=True)
+        # Always-ids follow the list and say nothing about the ids that it lacks.
+        assert isinstance(at.rows.targets, TopKTargets)
+        slot_K = torch.arange(ids_NK.shape[-1], device=ids_NK.device)
+        listed_NK = valid_NK & (slot_K < at.rows.targets.k)
+        last_N1 = torch.where(listed_NK, raw_NK, math.inf).amin(-1, keepdim=True)
         shared_NV = at.student_NV[:, : at.targets.vocab_size]
         # A stored id above the last one is matched already; padding repeats the row's first id.
         stored_NK = torch.where(valid_NK, ids_NK, ids_NK[:, :1])
@@ -160,8 +163,8 @@ class _ClassSums(torch.autograd.Function):
         return sum_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_second_derivative()
         (grad_NC,) = ctx.saved_tensors
         return grad_NC * grad_N[:, None], None, None, None
 

@@ -9,7 +9,7 @@ ids.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from logitstore.losses.contract import (
     LossAndCount,
-    LossInfo,
     Missing,
     Reduction,
     Rows,
@@ -38,6 +37,42 @@ from logitstore.spec.errors import TargetsError, UsageError
 from logitstore.targets import Targets
 
 __all__ = ["fused_linear_kd"]
+
+
+@overload
+def fused_linear_kd(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Targets,
+    labels: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    ce_weight: float = 0.5,
+    kd_weight: float = 0.5,
+    missing: Missing = "ghost",
+    reduction: Reduction = "mean",
+    with_count: Literal[False] = False,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor: ...
+
+
+@overload
+def fused_linear_kd(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Targets,
+    labels: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    ce_weight: float = 0.5,
+    kd_weight: float = 0.5,
+    missing: Missing = "ghost",
+    reduction: Reduction = "mean",
+    with_count: Literal[True],
+    group: dist.ProcessGroup | None = None,
+) -> LossAndCount: ...
 
 
 def fused_linear_kd(
@@ -133,7 +168,7 @@ def _target(rows: Rows, missing: str, ce_weight: float, kd_weight: float) -> Spa
             got="dense",
             expected="topk, sampled, threshold",
         )
-    info: LossInfo = sparse_kd_with_ce.info  # type: ignore[attr-defined]
+    info = sparse_kd_with_ce.info
     info.check_signal(rows.targets.signal)
     info.check_missing(rows.targets.signal, missing)
     return kd_and_ce_target(rows, "fused_linear_kd", missing, ce_weight, kd_weight)

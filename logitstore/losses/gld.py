@@ -88,7 +88,9 @@ def gld(
         student_logits: float [B, T, V]. Not shift-invariant: the loss drives scale and offset too.
         targets: dense; topk or the exact head of threshold, with `lse` (raw logits, log-probs alone
             would give another number) and at least k ids at every counted row; or graph, whose mask
-            was fixed at capture. Neither vocabulary nor length need be the student's.
+            was fixed at capture. Neither vocabulary nor length need be the student's. Always-ids
+            play no part beside topk and are refused beside threshold, whose head then need not hold
+            the k largest.
         labels, mask: [B, T], which rows of the student count, as in every loss. Masked before the
             product.
         target_mask: bool [B, U], which rows of the targets count; default: the same tokens, so the
@@ -117,6 +119,7 @@ def gld(
     """
     if form not in ("rank", "vocab"):
         raise UsageError("bad-argument", "unknown form", got=form, expected="rank or vocab")
+    _refuse_always_ids(targets, "gld")
     if isinstance(targets, GraphTargets):
         sequences = sequence_rows(student_rows(student_logits, labels, mask), segment_ids)
         teacher_f, teacher_count_G = _stored_graphs(targets, k, form, list(sequences))
@@ -177,15 +180,21 @@ def topk_wasserstein(
     Source: arXiv:2505.13893, framework figure; the predecessor InfiFusion z-scores the logits
         first, which the figure does not show and this function does not do.
     """
-    at = counted_positions(align(student_logits, targets, labels, mask, upcast=False))
+    _refuse_always_ids(targets, "topk_wasserstein")
+    at = counted_positions(
+        align(student_logits, targets, labels, mask, upcast=False), always_ids=False
+    )
     student_Nk = at.student_NV.topk(_checked_k(k, at.student_NV.shape[-1])).values
     with torch.no_grad():
         if isinstance(at.targets, DenseTargets):
             teacher_Nk = at.targets.logits.topk(_checked_k(k, at.targets.vocab_size)).values
         else:
             assert isinstance(at.targets, TopKTargets)
-            lse_N = require(at.targets, "lse", "topk_wasserstein")
-            teacher_Nk = _stored_logits(at.targets.ids, at.targets.logprobs, lse_N, k)[0]
+            head = at.targets
+            if isinstance(targets, ThresholdTargets) and head.label_rank is not None:
+                head = _without_outranked_label(head)
+            lse_N = require(head, "lse", "topk_wasserstein")
+            teacher_Nk = _stored_logits(head.ids, head.logprobs, lse_N, k)[0]
     student_Nk = at_least_float32(student_Nk)
     return at.reduce((student_Nk - teacher_Nk.to(student_Nk)).abs().sum(-1), reduction, with_count)
 
@@ -277,6 +286,18 @@ def _stored_logits(
     # float16 log-probs lose what a large lse adds; the sum is formed in float32 or better.
     logprobs_Nk = at_least_float32(logprobs_NK[:, :k])
     return logprobs_Nk + lse_N[:, None].to(logprobs_Nk.dtype), ids_NK[:, :k]
+
+
+def _refuse_always_ids(targets: Targets, name: str) -> None:
+    """A threshold head without its always-ids need not hold the k largest."""
+    if isinstance(targets, ThresholdTargets) and targets.always_ids is not None:
+        raise TargetsError(
+            "targets-mismatch",
+            f"{name} needs the k largest logits, which a threshold record with always-ids does not "
+            "rank",
+            got=f"threshold with {targets.always_ids.numel()} always-ids",
+            expected="topk, dense, or threshold without always-ids",
+        )
 
 
 def _without_outranked_label(head: TopKTargets) -> TopKTargets:

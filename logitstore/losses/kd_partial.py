@@ -87,7 +87,8 @@ def kd_partial(
         kind: see above.
         kd_weight: lambda in [0, 1]. No default is published; 0.5 is ours.
         temperature: T.
-        k: ids of "topk"; None means all that are stored (required for dense targets).
+        k: ids of "topk"; None means all that are stored, always-ids included (required for dense
+            targets).
         table: float [V, V] of "sim" and "rel", rows sum to 1.
 
     Raises: TargetsError targets-mismatch, aux-missing, label-missing, shape-mismatch, empty-mask;
@@ -291,9 +292,12 @@ def _largest(at: Positions, temperature: float, k: int | None) -> tuple[Tensor, 
         return ids_NK, log_p_NV.gather(-1, ids_NK).exp(), rest_N
     assert isinstance(targets, TopKTargets)
     if k is not None:
-        if not 1 <= k <= targets.k:
+        whole = at.rows.targets
+        # Always-ids behind a top-K list are not the next largest.
+        num_ranked = whole.k if isinstance(whole, TopKTargets) else targets.k
+        if not 1 <= k <= num_ranked:
             raise UsageError(
-                "bad-argument", "not that many ids are stored", got=k, expected=f"1..{targets.k}"
+                "bad-argument", "not that many ids are stored", got=k, expected=f"1..{num_ranked}"
             )
         targets = targets.truncated(k)
     rho_NK = tempered_logprobs(

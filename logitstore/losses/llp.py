@@ -47,7 +47,7 @@ def llp_rank(
     Args:
         student_logits: float [..., C] scores of the stored candidates for `scores` targets (the
             released code scores with a sigmoid); float [..., V] logits for topk and threshold,
-            whose stored ids (threshold: the exact head) are the contexts.
+            whose stored ids (threshold: the exact head), always-ids included, are the contexts.
         targets: scores, topk or threshold. Exact on the stored contexts; fresh negatives need the
             dense teacher.
         labels: only used to ignore positions (label -100) when there is no mask.

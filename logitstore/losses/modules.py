@@ -174,7 +174,7 @@ def _check_store(
     """
     targets = _example(header)
     student_logits = torch.zeros(1, 2, targets.vocab_size)
-    labels = torch.zeros(1, 2, dtype=torch.int64)
+    labels = torch.full((1, 2), targets.vocab_size - 1)
     try:
         with torch.no_grad():
             function(student_logits, targets, labels=labels, **options)
@@ -184,14 +184,17 @@ def _check_store(
 
 
 def _example(header: StoreHeader) -> Targets:
-    """Targets of [1, 2] positions with the signal and the fields of a store."""
+    """Targets of [1, 2] positions with the signal and the fields of a store.
+
+    The last id is the label: no list holds it, so that a missing `label_logprob` is found.
+    """
     k = int(getattr(header.signal, "k", None) or 16)
     vocab = k + 8
     logits = torch.linspace(2.0, -2.0, vocab).expand(1, 2, -1)
     full = TopKTargets.from_logits(
         logits,
         k,
-        labels=torch.zeros(1, 2, dtype=torch.int64),
+        labels=torch.full((1, 2), vocab - 1),
         temperatures=header.lse_at,
     )
     available = {

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss
 from logitstore.losses.positions import (
@@ -19,7 +18,7 @@ from logitstore.losses.positions import (
     dense_logits,
     tempered_logprobs,
 )
-from logitstore.losses.sparse_logprobs import sparse_logprobs
+from logitstore.losses.sparse_logprobs import refuse_second_derivative, sparse_logprobs
 from logitstore.spec.errors import TargetsError
 from logitstore.targets import PAD_ID, DenseTargets, Targets, TopKTargets
 
@@ -53,7 +52,9 @@ def pld(
     label and the stored ids; ids outside enter every denominator through the student's own
     logsumexp. With r' the teacher mass that is neither label nor stored, the L1 norm of the missing
     gradient is at most 2 r' per row. The *value* is not close: with a flat student tail,
-    r' (log(V - M) - 1) is missing from it, M ids being ranked.
+    r' (log(V - M) - 1) is missing from it, M ids being ranked. An always-id that a top-K list lacks
+    has no known rank and counts to r'; beside a threshold head it is ranked by its probability, and
+    counts to r' where that is below the head's.
 
     Args:
         student_logits: float [..., V].
@@ -77,7 +78,9 @@ def pld(
     """
     dense = isinstance(targets, DenseTargets)
     at = counted_positions(
-        align(student_logits, targets, labels, mask, upcast=dense), labelled="pld"
+        align(student_logits, targets, labels, mask, upcast=dense),
+        labelled="pld",
+        always_ids=False,
     )
     if dense:
         ranked_NM, log_alpha_NM, tail_N = _rank_dense(at, teacher_temperature)
@@ -161,7 +164,7 @@ class _PlackettLuce(torch.autograd.Function):
         return (alpha_NM * step_NM).sum(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, Tensor]:
+        refuse_second_derivative()
         grad_NM, grad_tail_N = ctx.saved_tensors
         return grad_NM * grad_N[:, None], None, grad_tail_N * grad_N

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from logitstore.losses.contract import LossAndCount, Reduction, Rows, reduce, require
-from logitstore.losses.rows import require_labels
+from logitstore.losses.rows import log_without, require_labels
 from logitstore.spec.errors import TargetsError
 from logitstore.targets import (
     PAD_ID,
@@ -47,7 +47,7 @@ class Positions(NamedTuple):
         student_NV: rows that count, in the dtype `align` left them in.
         labels_N: int64, or None when no labels were given.
         targets: leading shape [N]; threshold targets appear as the `TopKTargets` of their exact
-            head, sampled ones as their per-position scalars.
+            head, sampled ones as their per-position scalars. Always-ids are part of the list.
         rows: the R rows they were taken from.
     """
 
@@ -73,7 +73,11 @@ class Positions(NamedTuple):
 
 
 def counted_positions(
-    rows: Rows, *, labelled: str | None = None, across_rows: bool = False
+    rows: Rows,
+    *,
+    labelled: str | None = None,
+    across_rows: bool = False,
+    always_ids: bool = True,
 ) -> Positions:
     """Take the rows that count out of `rows`.
 
@@ -82,11 +86,14 @@ def counted_positions(
         labelled: name of a loss that needs a label in every row that counts.
         across_rows: rows meet each other in the loss, so zeroed ones would be seen; they are
             dropped also under torch.compile, which breaks the graph there.
+        always_ids: False keeps a top-K list as it is, for losses over ranks: an always-id that the
+            list lacks has no known rank. A threshold head lacks them even where they are probable.
 
     Raises: TargetsError shape-mismatch when a field of the targets has another leading shape than
         the student; label-missing.
     """
     targets = rows.targets
+    in_head = isinstance(targets, ThresholdTargets)
     if isinstance(targets, WeightedTargets):
         targets = (
             exact_head(targets)
@@ -116,11 +123,11 @@ def counted_positions(
             changes[field.name] = {
                 t: taken(_flat(x, rows, f"lse_at[{t}]")) for t, x in value.items()
             }
+    targets = dataclasses.replace(targets, **changes)
+    if isinstance(targets, TopKTargets) and (always_ids or in_head):
+        targets = _with_always_ids(targets, in_tail=not in_head)
     return Positions(
-        taken(rows.student_RV),
-        None if labels_R is None else taken(labels_R),
-        dataclasses.replace(targets, **changes),
-        rows,
+        taken(rows.student_RV), None if labels_R is None else taken(labels_R), targets, rows
     )
 
 
@@ -141,8 +148,7 @@ def tempered_logprobs(
 
     Args:
         logprobs: float [N] or [N, K], at temperature 1.
-        temperature: T. A stored temperature within 1e-6 (relative) is the same one, so that T =
-            1/gamma finds what was captured as a rounded decimal.
+        temperature: T.
         needed_by: name of the loss, for the error.
 
     Raises: TargetsError aux-missing when T != 1 and `lse` or `lse_at[T]` is not stored.
@@ -150,13 +156,42 @@ def tempered_logprobs(
     if temperature == 1:
         return logprobs
     lse_N = require(targets, "lse", needed_by)
-    stored = next((t for t in targets.lse_at if math.isclose(t, temperature, rel_tol=1e-6)), None)
-    lse_at_N = require(
-        targets, "lse_at", needed_by, temperature=temperature if stored is None else stored
-    )
+    lse_at_N = require(targets, "lse_at", needed_by, temperature=temperature)
     if logprobs.ndim > lse_N.ndim:
         lse_N, lse_at_N = lse_N[:, None], lse_at_N[:, None]
     return (logprobs + lse_N.to(logprobs.dtype)) / temperature - lse_at_N.to(logprobs.dtype)
+
+
+def _with_always_ids(targets: TopKTargets, *, in_tail: bool) -> TopKTargets:
+    """Always-ids that the list lacks, as more of its ids.
+
+    `in_tail`: they are part of `log_tail` (a top-K record), lie below the list and follow it. A
+    threshold head has them anywhere in its order and never in its tail.
+    """
+    if targets.always_ids is None or targets.always_logprobs is None:
+        return targets
+    ids_NA = targets.always_ids.expand(targets.ids.shape[0], -1)
+    logprobs_NA = targets.always_logprobs.to(targets.logprobs.dtype)
+    logprobs_NA, order_NA = torch.sort(logprobs_NA, dim=-1, descending=True, stable=True)
+    ids_NA = ids_NA.gather(-1, order_NA)
+    known_NA = (ids_NA[:, :, None] == targets.ids[:, None, :]).any(-1)
+    logprobs_NA = logprobs_NA.masked_fill(known_NA, -math.inf)
+    ids_NU = torch.cat([targets.ids, ids_NA.masked_fill(known_NA, PAD_ID)], -1)
+    logprobs_NU = torch.cat([targets.logprobs, logprobs_NA], -1)
+    log_tail = targets.log_tail
+    if not in_tail:
+        logprobs_NU, order_NU = torch.sort(logprobs_NU, dim=-1, descending=True, stable=True)
+        ids_NU = ids_NU.gather(-1, order_NU)
+    elif log_tail is not None:
+        log_tail = log_without(log_tail, torch.logsumexp(logprobs_NA, -1).to(log_tail.dtype))
+    return dataclasses.replace(
+        targets,
+        ids=ids_NU,
+        logprobs=logprobs_NU,
+        log_tail=log_tail,
+        always_ids=None,
+        always_logprobs=None,
+    )
 
 
 def _drop(x_R: Tensor, mask_R: Tensor) -> Tensor:

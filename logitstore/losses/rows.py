@@ -29,6 +29,7 @@ __all__ = [
     "WeightedRows",
     "dense_rows",
     "kept_rows",
+    "log_without",
     "refuse_temperature",
     "require_labels",
     "student_precision",
@@ -240,15 +241,18 @@ def _merge_always(
     logprobs_RA = logprobs_RA.masked_fill(known_RA, -torch.inf)
     log_tail_R = kept.log_tail
     if log_tail_R is not None and in_tail:
-        # log(r - extra) = log r + log(1 - extra / r); rounding of stored values can leave less than
-        # nothing.
-        share_R = (torch.logsumexp(logprobs_RA, -1) - log_tail_R).exp().nan_to_num(nan=1.0)
-        log_tail_R = log_tail_R + torch.log1p(-share_R.clamp(max=1.0))
+        log_tail_R = log_without(log_tail_R, torch.logsumexp(logprobs_RA, -1))
     return kept._replace(
         ids=torch.cat([kept.ids, ids_RA.masked_fill(known_RA, PAD_ID)], -1),
         logprobs=torch.cat([kept.logprobs, logprobs_RA], -1),
         log_tail=log_tail_R,
     )
+
+
+def log_without(log_mass: Tensor, log_part: Tensor) -> Tensor:
+    """log(exp(log_mass) - exp(log_part)); -inf where rounding leaves less than nothing."""
+    share = (log_part - log_mass).exp().nan_to_num(nan=1.0)
+    return log_mass + torch.log1p(-share.clamp(max=1.0))
 
 
 def _always_rows(rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

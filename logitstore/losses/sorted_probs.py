@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from logitstore.losses.positions import tempered_logprobs
 from logitstore.losses.sequences import rows_per_chunk
+from logitstore.losses.sparse_logprobs import refuse_second_derivative
 from logitstore.targets import PAD_ID, TopKTargets
 from logitstore.targets.dense import at_least_float32
 
@@ -193,8 +193,8 @@ class _GradientInForward(torch.autograd.Function):
         return distance_P
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         grad_RV, grad_scale_P, rows_P = ctx.saved_tensors
         outer_R = grad_P.new_zeros(grad_RV.shape[0]).index_copy(0, rows_P, grad_P)
         return (

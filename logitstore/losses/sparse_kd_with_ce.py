@@ -71,8 +71,6 @@ def sparse_kd_with_ce(
             temperature=temperature,
             reduction="none",
         )
-        assert isinstance(ce_R, Tensor)
-        assert isinstance(kd_R, Tensor)
         loss_R = (ce_weight * ce_R + kd_weight * kd_R).reshape(-1)
     else:
         target = kd_and_ce_target(rows, "sparse_kd_with_ce", missing, ce_weight, kd_weight)

@@ -299,10 +299,10 @@ def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise UsageError(
             "bad-argument",
-            "the sparse losses have no second derivative outside torch.compile",
+            "this loss forms its gradient in advance and has no second derivative",
             where="create_graph",
             got=True,
-            hint="wrap the loss in torch.compile, or use dense targets",
+            hint="under torch.compile, or from dense targets, forward_kl has one",
         )
 
 

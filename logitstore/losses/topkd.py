@@ -68,8 +68,9 @@ def topkd(
     smallest logits, Non with a constant stand-in would only flatten the student's tail, CON from
     stored ids is another loss. The K largest of z' are looked for among stored ids and label, which
     is exact when K scaled logits stay above the smallest stored one (factors >= 1 and top logits >=
-    0 suffice). D needs `logit_mean` (unless delta = 0), and a label outside the stored ids, where
-    it is scaled, `label_logprob`. For vocabulary-sized V treat TopKD as a classification method.
+    0 suffice); always-ids count as stored. D needs `logit_mean` (unless delta = 0), and a label
+    outside the stored ids, where it is scaled, `label_logprob`. For vocabulary-sized V treat TopKD
+    as a classification method.
 
     Args:
         student_logits: float [..., V].

@@ -71,6 +71,8 @@ def ttm(
     for "uniform" and "ghost"; at most 2 mt', mt' = 1 - sum_S p^gamma / U', for "uniform_estimate";
     exactly 2 mt for "renormalize".
 
+    Always-ids count as stored ids.
+
     Args:
         student_logits: float [..., V].
         targets: dense or topk.
