@@ -21,12 +21,22 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # What the reader of a block brings: a student, its optimizer, a teacher of their own. The tests'
 # stores have 40 ids.
 STUDENT = """
+import types
+
 import torch
 
 torch.manual_seed(0)
 network = torch.nn.Sequential(torch.nn.Embedding(40, 8), torch.nn.Linear(8, 40))
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-student = lambda tokens, position_ids=None: network(tokens)
+
+
+class Model(torch.nn.Module):
+    def forward(self, tokens, position_ids=None, attention_mask=None):
+        return types.SimpleNamespace(logits=network(tokens))
+
+
+model = Model()
+student = network
 
 
 def my_teacher():
