@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from demo import fetch_assets  # noqa: E402  (runs from a checkout, which is not on the path yet)
 
-# glibc would give the logits' memory back to the kernel after every step, and clear it for the next.
+# Else glibc gives the logits' memory back after every step, and the kernel clears it for the next.
 KEEP_BUFFERS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
 SIGNAL = "topk:64"
