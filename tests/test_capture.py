@@ -246,6 +246,17 @@ def test_a_limit_takes_a_prefix_inside_a_document(corpus, tmp_path):
     np.testing.assert_array_equal(part["ids"], whole["ids"][:77])
 
 
+def test_a_document_far_larger_than_a_shard_is_said(corpus, tmp_path):
+    notes: list[str] = []
+    precompute(settings(corpus, tmp_path / "lines"), on_note=notes.append)
+    assert not any("one document alone" in note for note in notes)
+    whole = settings(corpus, tmp_path / "whole", document_separator=None)
+    assert precompute(whole, on_note=notes.append).shards == 1
+    size = len("\n".join(LINES).encode())
+    (said,) = [note for note in notes if "one document alone" in note]
+    assert f"a shard of {size:,} tokens (others have 400)" in said
+
+
 @pytest.mark.parametrize("teacher", ["poisoned", "crashing"])
 def test_poison_samples_are_quarantined_and_the_rest_is_kept(tmp_path, teacher):
     lines = list(LINES)

@@ -258,6 +258,13 @@ class _TextSetup(Setup):
             sizing.tokens_total, pilot.seconds_per_token, settings.workers
         )
         units = tuple(sizing.units(unit_tokens, settings.max_tokens))
+        longest = max(unit.tokens for unit in units)
+        if longest > 2 * unit_tokens:
+            self._note(
+                f"one document alone makes a shard of {longest:,.0f} tokens (others have "
+                f"{unit_tokens:,}): what it holds is kept only when all of it is done; "
+                "--document-separator splits text files"
+            )
         return Look(scan.info, sizing.tokens_total, sizing.exact, pilot, units)
 
 
