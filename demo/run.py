@@ -93,7 +93,9 @@ def train(store: Path, loss: str, out: Path, key: str) -> dict[str, Any]:
     return json.loads(result.read_text())
 
 
-def report(out: Path, captured: dict[str, Any], stats: dict[str, Any], students: dict) -> str:
+def report(
+    out: Path, captured: dict[str, Any], stats: dict[str, Any], students: dict[str, Any]
+) -> str:
     """The table, also written to report.md, and the plot."""
     rows = [
         ("captured", f"{stats['positions']:,} tokens with {SIGNAL} in {stats['shards']} shards"),

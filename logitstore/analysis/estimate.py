@@ -108,8 +108,8 @@ class _Candidate:
         self.squared_error = 0.0
         self.bias = 0.0
 
-    def shard_bytes(self) -> int:
-        """Bytes of an object that holds all records."""
+    def shard_bytes(self) -> tuple[int, int]:
+        """Bytes of all records as chunks, and what an object needs beside them."""
         file = io.BytesIO()
         shard = container(self.header.container).writer(file, self.header)
         chunker = Chunker(self.header.chunk_positions)
@@ -118,8 +118,8 @@ class _Candidate:
                 shard.add(chunk)
         for chunk in chunker.finish():
             shard.add(chunk)
-        shard.finish()
-        return file.tell()
+        chunk_bytes = sum(row.bytes for row in shard.finish().chunks)
+        return chunk_bytes, file.tell() - chunk_bytes
 
 
 def advise(
@@ -241,13 +241,15 @@ def _weights(targets: Targets, rows_N: Tensor, p_NV: Tensor) -> Tensor | None:
 def _option(
     signal: str, candidate: _Candidate, work: Slice, teacher_s: float, tokens: int, measured: int
 ) -> Option:
-    bytes_per_token = candidate.shard_bytes() / tokens
+    chunk_bytes, envelope_bytes = candidate.shard_bytes()
+    # One envelope: with the usual two minutes of teacher time a shard, it hardly counts.
+    total_bytes = round(chunk_bytes / tokens * work.tokens) + envelope_bytes
     kept = merge(statistics_of(r) for r in candidate.records).measures.get("kept_mass")
     seconds_per_token = (teacher_s + candidate.seconds) / tokens
     return Option(
         signal=signal,
-        bytes_per_token=bytes_per_token,
-        total_bytes=round(bytes_per_token * work.tokens),
+        bytes_per_token=total_bytes / work.tokens,
+        total_bytes=total_bytes,
         hours=seconds_per_token * work.tokens / 3600,
         kept_mass=None if kept is None else kept.mean,
         squared_error=candidate.squared_error / measured,
