@@ -213,8 +213,15 @@ def _write(file: Path, keys: list[Key]) -> None:
         raise _unusable(file, f"cannot be written: {error.strerror}") from None
 
 
-def _unusable(file: Path, what: str, **details: str) -> LogitstoreError:
-    return StorageError("keys-file", what, where=file, **details)
+def _unusable(
+    file: Path,
+    what: str,
+    *,
+    got: str | None = None,
+    expected: str | None = None,
+    hint: str | None = None,
+) -> LogitstoreError:
+    return StorageError("keys-file", what, where=file, got=got, expected=expected, hint=hint)
 
 
 def _sha256(text: str) -> str:
