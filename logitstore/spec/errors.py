@@ -294,4 +294,6 @@ KINDS: dict[str, str] = {
     "too-many-streams": "too many requests in flight; the answer says when to come back",
     "request-too-large": "the request's body is larger than the service takes",
     "request-timeout": "the request's body did not arrive in time",
+    "head-too-large": "the request line and headers are longer than the service takes",
+    "service-busy": "the service answers as many requests as it can, or is ending",
 }

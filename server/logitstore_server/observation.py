@@ -1,0 +1,130 @@
+"""Every request counted, timed and logged once, under an id that the client gets to know."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from typing import Any
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from logitstore_server.auth import store_in
+from logitstore_server.metrics import (
+    FIRST_BYTE_SECONDS,
+    IN_FLIGHT,
+    REQUESTS,
+    RESPONSE_BYTES,
+    STREAM_SECONDS,
+)
+from logitstore_server.problems import ServiceError, send_problem
+
+__all__ = ["AnswerCutShort", "Observation"]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_log: Any = structlog.get_logger("logitstore_server")
+
+
+class AnswerCutShort(Exception):
+    """An answer failed after it had begun; the connection ends short of its promised length."""
+
+
+class Observation:
+    """ASGI middleware, the outermost: nothing happens to a request that it does not see.
+
+    A request's id is the client's `X-Request-ID` where that is plain, else a new one; it stands in
+    the answer, in problem documents and in every line logged meanwhile. A W3C `traceparent` is
+    logged and returned.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        watched = _Watched(scope, send)
+        IN_FLIGHT.inc()
+        structlog.contextvars.bind_contextvars(**watched.context)
+        try:
+            await self._app(scope, receive, watched.send)
+        except Exception as error:
+            await _log.aerror("request failed", exc_info=error)
+            if not watched.status:
+                failure = ServiceError("internal", "the service failed; its log says why")
+                await send_problem(failure, scope, receive, watched.send)
+            elif not watched.complete:
+                raise AnswerCutShort from None
+        finally:
+            IN_FLIGHT.dec()
+            watched.report()
+            structlog.contextvars.clear_contextvars()
+
+
+class _Watched:
+    """One request while it is answered."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
+        self._send = send
+        self._started_s = time.perf_counter()
+        self._first_byte_s: float | None = None
+        self._bytes = 0
+        self.status = 0
+        self.complete = False
+        given = {name: value for name, value in scope["headers"] if name in _OUR_HEADERS}
+        request_id = given.get(b"x-request-id", b"")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex.encode()
+        self._headers = [(b"x-request-id", request_id)]
+        self.context = {"request_id": request_id.decode()}
+        trace = _TRACEPARENT.fullmatch(given.get(b"traceparent", b""))
+        if trace is not None:
+            self._headers.append((b"traceparent", trace[0]))
+            self.context["trace_id"] = trace[1].decode()
+        scope.setdefault("state", {})["request_id"] = self.context["request_id"]
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+            message = {**message, "headers": [*headers, *self._headers]}
+        elif message["type"] == "http.response.body":
+            if self._first_byte_s is None:
+                self._first_byte_s = time.perf_counter()
+            self._bytes += len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)
+        await self._send(message)
+
+    def report(self) -> None:
+        now_s = time.perf_counter()
+        first_byte_s = self._first_byte_s or now_s
+        # The router leaves the route it chose in the scope: a template, so that labels stay few.
+        route = getattr(self._scope.get("route"), "path", "none")
+        method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
+        REQUESTS.labels(method, route, self.status or "cut").inc()
+        FIRST_BYTE_SECONDS.labels(route).observe(first_byte_s - self._started_s)
+        STREAM_SECONDS.labels(route).observe(now_s - first_byte_s)
+        access = self._scope["state"].get("access")
+        store = store_in(self._scope["path"])
+        readable = store is not None and access is not None and access.may_read(store)
+        RESPONSE_BYTES.labels(store if readable else "").inc(self._bytes)
+        _log.info(
+            "request",
+            method=method,
+            path=self._scope["path"],
+            status=self.status,
+            bytes=self._bytes,
+            complete=self.complete,
+            first_byte_s=round(first_byte_s - self._started_s, 6),
+            stream_s=round(now_s - first_byte_s, 6),
+            client=access.client if access is not None else "",
+        )
+
+
+_OUR_HEADERS = frozenset({b"x-request-id", b"traceparent"})
