@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import logitstore.store
 from logitstore.data import LogitDataset, collate
-from logitstore.data.selection import in_holdout
+from logitstore.record.selection import in_holdout
 from logitstore.spec.errors import AlignmentError, FormatError, NotFoundError, UsageError
 from logitstore.spec.header import TokenizerInfo
 from logitstore.spec.tokenizer_table import TOKENIZER_TABLE, TokenizerTable

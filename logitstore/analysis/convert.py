@@ -22,6 +22,7 @@ from logitstore.record.schema import aux_fields
 from logitstore.record.sequences import IGNORE, labels, loss_mask
 from logitstore.record.statistics import merge, statistics_of
 from logitstore.record.threshold import decode_threshold
+from logitstore.record.topk import narrow_topk
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import Header
 from logitstore.spec.plan import Plan, plan_fingerprint
@@ -220,41 +221,7 @@ def _narrower_topk(source: TopKSpec, target: TopKSpec) -> Transform:
         raise _refuse(source, target, "log-probs rounded to 1/16 nat do not become exact again")
     if source.p is not None and (target.p is None or target.p > source.p):
         raise _refuse(source, target, f"positions were cut at mass {source.p}")
-    return lambda record: _cut(record, target)
-
-
-def _cut(record: Record, target: TopKSpec) -> Columns:
-    """The first k ids (and of these the smallest prefix of mass p); what is dropped joins
-    log_tail."""
-    columns = dict(record.arrays)
-    if "num_ids" in record:
-        counts = record["num_ids"].astype(np.int64)
-        width = max(int(counts.max()) if len(counts) else 0, 1)
-        held = np.arange(width) < counts[:, None]
-        logprobs = np.full(held.shape, -np.inf)
-        ids = np.zeros(held.shape, np.uint32)
-        logprobs[held], ids[held] = record["logprobs"], record["ids"]
-    else:
-        logprobs, ids = record["logprobs"].astype(np.float64), record["ids"]
-        held = np.ones(ids.shape, np.bool_)
-    keep = held.copy()
-    keep[:, target.k :] = False
-    if target.p is not None:
-        probs = np.exp(logprobs)
-        keep &= (np.cumsum(probs, axis=1) - probs) < target.p
-    dropped = np.where(held & ~keep, np.exp(logprobs), 0.0).sum(1)
-    if "log_tail" in record:
-        with np.errstate(divide="ignore"):
-            tail = np.log(dropped + np.exp(record["log_tail"].astype(np.float64)))
-        columns["log_tail"] = np.where(dropped > 0, tail, record["log_tail"])
-    if target.coding == "q8":
-        logprobs = np.clip(np.rint(logprobs * -16), 0, 255) / -16
-    if target.p is None:
-        columns["ids"], columns["logprobs"] = ids[:, : target.k], logprobs[:, : target.k]
-    else:
-        columns["num_ids"] = keep.sum(1)
-        columns["ids"], columns["logprobs"] = ids[keep], logprobs[keep]
-    return columns
+    return lambda record: narrow_topk(record, k=target.k, p=target.p, q8=target.coding == "q8")
 
 
 def _head_as_topk(header: Header, target: TopKSpec) -> Transform:

@@ -35,7 +35,7 @@ from logitstore.spec.commit import ChunkRow, Commit
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Column, Group, Schema
 
-__all__ = ["ArrowContainer"]
+__all__ = ["ArrowContainer", "batch_columns", "record_batch"]
 
 _MAGIC = b"ARROW1\0\0"
 
@@ -198,6 +198,21 @@ class _Sink:
 @lru_cache(maxsize=64)
 def _arrow_schema(schema: Schema) -> pa.Schema:
     return pa.schema([pa.field(c.name, _type(schema, c)) for c in _stored_columns(schema)])
+
+
+def batch_columns(schema: Schema) -> list[str]:
+    """Names of the columns that a record batch of whole records has."""
+    return [column.name for column in _stored_columns(schema)]
+
+
+def record_batch(record: Record) -> pa.RecordBatch:
+    """One row a sample, in this container's types, of the columns that the record holds.
+
+    List lengths stand for the counts of groups that have columns.
+    """
+    schema = record.schema
+    held = [column for column in _stored_columns(schema) if column.name in record]
+    return _to_batch(record, pa.schema([pa.field(c.name, _type(schema, c)) for c in held]))
 
 
 def _stored_columns(schema: Schema) -> list[Column]:

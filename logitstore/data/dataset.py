@@ -18,8 +18,8 @@ from logitstore.data.checks import check_alignment, check_tokenizer
 from logitstore.data.chunks import ChunkCache, Row
 from logitstore.data.collate import Item, SampleId
 from logitstore.data.order import EpochOrder, RankOrder, ShardTable, Tail, rank_part
-from logitstore.data.selection import Selection, Split, parse_conditions
 from logitstore.record import columns_needed
+from logitstore.record.selection import Selection, Split, parse_conditions
 from logitstore.spec.errors import NotFoundError, StateError, UsageError
 from logitstore.spec.header import AUX_FIELDS
 from logitstore.store import Snapshot, Store
@@ -50,7 +50,7 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         k: use only the k most probable ids of a top-K store, exactly as if k had been captured.
         tokenizer: the student's; refused when its ids do not mean what the teacher's do.
         filter: conditions (field, operator, value) that must all hold; see
-            `logitstore.data.selection`.
+            `logitstore.record.selection`.
         holdout: share of samples set aside by a hash of their `sample_key`, [0, 1).
         split: "train" for the other samples, "validation" for those set aside.
         max_samples: use only the first so many of the selected samples, in storage order.

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from logitstore.record import Record
 from logitstore.record.random import key_of, uniform
+from logitstore.record.record import Record
 from logitstore.record.sequences import loss_mask
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import Header
