@@ -115,7 +115,7 @@ def exposition() -> bytes:
         return generate_latest(_REGISTRY)
     _forget_dead_workers(Path(folder))
     together = CollectorRegistry()
-    MultiProcessCollector(together, path=folder)  # type: ignore[no-untyped-call]
+    MultiProcessCollector(together, path=folder)
     return generate_latest(together)
 
 
@@ -126,6 +126,6 @@ def _forget_dead_workers(folder: Path) -> None:
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            mark_process_dead(pid, path=str(folder))  # type: ignore[no-untyped-call]
+            mark_process_dead(pid, path=str(folder))
         except PermissionError:
             continue  # alive, and another user's
