@@ -103,7 +103,7 @@ def test_every_stop_point_resumes_exactly(folder, workers):
 
 @pytest.mark.parametrize(
     ("start", "number"),
-    [("fork", 1), ("fork", 4), ("spawn", 2)],
+    [("fork", 1), ("fork", 4), ("spawn", 1), ("spawn", 4)],
 )
 def test_persistent_workers_resume_at_every_stop_point(folder, start, number):
     """The same workers serve all resumes and epochs: nothing of an earlier place may stick."""
