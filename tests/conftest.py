@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 # Before torch is first imported: the cores are shared, results do not depend on how many there are,
@@ -120,3 +121,11 @@ def expected_next(words, notes):
 
 In 1999, 12 students wrote 3,456 lines; in 2024, 78 wrote 90,123. "How much?" they asked.
 """
+
+
+@pytest.fixture(autouse=True)
+def _fork_server_with_this_environment(request: pytest.FixtureRequest) -> None:
+    """A fork server keeps the environment it began with; tests that set variables need another."""
+    if "monkeypatch" in request.fixturenames:
+        # CPython's own tests stop it this way; the next process that needs one starts it.
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
