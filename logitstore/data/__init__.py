@@ -3,7 +3,6 @@
 from logitstore.data.collate import Batch, Item, SampleId, collate
 from logitstore.data.dataset import LogitDataset
 from logitstore.data.loader import Loader, loader
-from logitstore.data.retokenize import StudentBatch, retokenizer
 
 __all__ = [
     "Batch",
@@ -11,8 +10,6 @@ __all__ = [
     "Loader",
     "LogitDataset",
     "SampleId",
-    "StudentBatch",
     "collate",
     "loader",
-    "retokenizer",
 ]

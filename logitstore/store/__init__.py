@@ -10,7 +10,6 @@ with writer.begin(shard, plan) as attempt:
 writer.seal()
 """
 
-from logitstore.store.copy import CopyReport, copy
 from logitstore.store.gc import DEFAULT_GRACE_S, Deletion, GcPlan, gc
 from logitstore.store.location import Location, parse_location
 from logitstore.store.reader import ShardView, Store
@@ -27,7 +26,6 @@ from logitstore.store.writer import (
 
 __all__ = [
     "DEFAULT_GRACE_S",
-    "CopyReport",
     "Deletion",
     "GcPlan",
     "Location",
@@ -39,7 +37,6 @@ __all__ = [
     "StoreWriter",
     "VerifyReport",
     "append",
-    "copy",
     "create",
     "gc",
     "open",

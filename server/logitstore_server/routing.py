@@ -144,21 +144,18 @@ def add_file_route(
             ("If-Match", "ETags; 412 if none holds."),
         )
     ]
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    # A part of a JSON document is none: it has the media type and no schema.
-    json_parts = {kind: {} if kind == "application/json" else binary for kind in media_types}
-    whole = {
-        kind: {"schema": {"type": "object"}} if kind == "application/json" else binary
-        for kind in media_types
-    }
+    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media_types}
     responses: dict[int | str, dict[str, Any]] = {
         200: {
             "description": "The file." + (" It never changes." if immutable else ""),
-            "content": whole,
+            "content": content,
         },
         206: {
             "description": "The ranges asked for.",
-            "content": {**json_parts, "multipart/byteranges": binary},
+            "content": {
+                **content,
+                "multipart/byteranges": {"schema": {"type": "string", "format": "binary"}},
+            },
         },
         304: {"description": "The client has it already."},
         **problems(404, 406, 412, 416),
