@@ -1,8 +1,8 @@
-"""Write docs/losses/index.md from what is registered and from the pages' first paragraphs.
+"""Write docs/losses/index.md and the matrix in docs/signals.md from what the losses declare.
 
     python docs/list_losses.py
 
-A test compares the result with the file.
+A test compares the results with the files.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import re
 from pathlib import Path
 
 from logitstore import losses
+from logitstore.losses.contract import LossInfo
 from logitstore.losses.modules import class_name
 
 PAGES = Path(__file__).resolve().parent / "losses"
+SIGNALS_PAGE = PAGES.parent / "signals.md"
+BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 HEAD = """\
 # Losses
 
@@ -60,5 +63,29 @@ def index_text() -> str:
     return "\n".join(lines) + "\n"
 
 
+def cell(info: LossInfo, signal: str) -> str:
+    """How exact the loss is, and in brackets the fields without which it is refused."""
+    if signal not in info.signals:
+        return "-"
+    fields = ", ".join(f"`{name}`" for name in info.needs.get(signal, ()))
+    return info.signals[signal] + (f" ({fields})" if fields else "")
+
+
+def matrix_text() -> str:
+    lines = ["| loss | " + " | ".join(SIGNALS) + " |", "|---" * (len(SIGNALS) + 1) + "|"]
+    for name, info in sorted(losses.LOSSES.items()):
+        cells = " | ".join(cell(info, signal) for signal in SIGNALS)
+        lines.append(f"| [`{name}`](losses/{name}.md) | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def signals_text() -> str:
+    """docs/signals.md with today's matrix."""
+    before, rest = SIGNALS_PAGE.read_text(encoding="utf-8").split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    return f"{before}{BEGIN}\n\n{matrix_text()}\n{END}{after}"
+
+
 if __name__ == "__main__":
     (PAGES / "index.md").write_text(index_text(), encoding="utf-8")
+    SIGNALS_PAGE.write_text(signals_text(), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import runpy
 import signal
 import subprocess
 import sys
@@ -105,6 +106,12 @@ def test_every_command_has_a_heading_in_the_page() -> None:
     page = (REPOSITORY / DOCS).read_text(encoding="utf-8")
     headings = {line[3:] for line in page.splitlines() if line.startswith("## ")}
     assert headings == set(COMMANDS)
+
+
+def test_the_page_lists_every_option() -> None:
+    written = runpy.run_path(str(REPOSITORY / "docs" / "list_options.py"))["page_text"]()
+    page = (REPOSITORY / DOCS).read_text(encoding="utf-8")
+    assert page.rstrip() == written.rstrip(), "run: python docs/list_options.py"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.source_tree import REPOSITORY
 PAGES = REPOSITORY / "docs" / "losses"
 HEADINGS = {"Formula", "What it needs from the store", "Cost", "Example", "Source"}
 # Pages that are no loss's own: the index, the concept, and collections.
-COLLECTIONS = {"index", "missing", "metrics"}
+COLLECTIONS = {"disagreements", "index", "missing", "metrics"}
 ALL_PAGES = sorted(PAGES.glob("*.md"))
 
 
@@ -28,6 +28,22 @@ def test_the_index_is_what_the_generator_writes():
     assert (PAGES / "index.md").read_text(encoding="utf-8") == written, (
         "run: python docs/list_losses.py"
     )
+
+
+def test_the_matrix_is_what_the_losses_declare():
+    page = REPOSITORY / "docs" / "signals.md"
+    written = runpy.run_path(str(REPOSITORY / "docs" / "list_losses.py"))["signals_text"]()
+    assert page.read_text(encoding="utf-8") == written, "run: python docs/list_losses.py"
+    cells = {
+        row[1].strip(): [x.strip() for x in row[2:-1]]
+        for row in (line.split("|") for line in written.splitlines())
+        if len(row) == 9
+    }
+    # Spot checks of what a reader looks up.
+    forward_kl = cells["[`forward_kl`](losses/forward_kl.md)"]
+    assert forward_kl == ["exact", "bounded", "unbiased", "unbiased", "-", "-"]
+    assert cells["[`gold`](losses/gold.md)"][1] == "bounded (`byte_end`, `label_logprob`)"
+    assert cells["[`gld`](losses/gld.md)"][4] == "exact"
 
 
 @pytest.mark.parametrize("name", sorted({*losses.LOSSES, "fused_linear_kd"}))

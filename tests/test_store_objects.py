@@ -23,7 +23,7 @@ import pytest
 from logitstore import store
 from logitstore.record.statistics import statistics_of
 from logitstore.spec.errors import CommitError, IntegrityError, NotFoundError, StorageError
-from logitstore.store import objects
+from logitstore.store import objects, retry
 from tests import store_push
 from tests.store_report import report
 
@@ -325,7 +325,7 @@ def test_a_forked_child_is_told_instead_of_hanging(bucket):
 def test_damage_in_a_bucket_is_named(bucket):
     store_push.push(bucket, "zarr", 2)
     opened = store.open(bucket)
-    backend = opened._backend
+    backend = objects.ObjectBackend(opened.location)
     view = opened.shards[0]
     key = f"shards/{view.object}"
     whole = bytes(backend.get_range(key, 0, view.object_bytes, size_bytes=view.object_bytes))
@@ -353,7 +353,7 @@ def test_nothing_there_and_nobody_there(bucket, monkeypatch):
         store.open(bucket)
     with pytest.raises(StorageError, match="storage-failed"):
         store.create("s3://no-such-bucket/st", store_push.header())
-    monkeypatch.setattr(objects, "_RETRIES", 0)
+    monkeypatch.setattr(retry, "OPENING_PATIENCE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(StorageError, match="storage-failed"):

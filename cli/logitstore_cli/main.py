@@ -26,10 +26,13 @@ COMMANDS = {
     "precompute": "Run a teacher over a corpus and keep its distributions in a store.",
     "inspect": "Show a store's header, shards and one decoded sample.",
     "stats": "Print what a store holds and what it costs per token.",
+    "view": "Show stores in the browser, token by token.",
+    "serve": "Serve stores over HTTP, read-only.",
     "verify": "Check a store's documents and objects against their checksums.",
     "seal": "Close a finished store and write its index.",
     "gc": "Remove objects that no commit refers to.",
     "audit": "Run the teacher again on random samples and compare.",
+    "copy": "Bring a store to another place, checked and resumable.",
     "convert": "Copy a store with another signal or container, where that is exact.",
 }
 

@@ -35,7 +35,7 @@ from logitstore.spec.commit import ChunkRow, Commit
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Column, Group, Schema
 
-__all__ = ["ArrowContainer", "batch_columns", "record_batch"]
+__all__ = ["ArrowContainer", "batch_columns", "column_types", "record_batch"]
 
 _MAGIC = b"ARROW1\0\0"
 
@@ -197,7 +197,7 @@ class _Sink:
 
 @lru_cache(maxsize=64)
 def _arrow_schema(schema: Schema) -> pa.Schema:
-    return pa.schema([pa.field(c.name, _type(schema, c)) for c in _stored_columns(schema)])
+    return column_types(schema, batch_columns(schema))
 
 
 def batch_columns(schema: Schema) -> list[str]:
@@ -205,14 +205,18 @@ def batch_columns(schema: Schema) -> list[str]:
     return [column.name for column in _stored_columns(schema)]
 
 
+def column_types(schema: Schema, names: Collection[str]) -> pa.Schema:
+    """Arrow types of the columns of a record batch that holds only these."""
+    held = [column for column in _stored_columns(schema) if column.name in names]
+    return pa.schema([pa.field(column.name, _type(schema, column)) for column in held])
+
+
 def record_batch(record: Record) -> pa.RecordBatch:
     """One row a sample, in this container's types, of the columns that the record holds.
 
     List lengths stand for the counts of groups that have columns.
     """
-    schema = record.schema
-    held = [column for column in _stored_columns(schema) if column.name in record]
-    return _to_batch(record, pa.schema([pa.field(c.name, _type(schema, c)) for c in held]))
+    return _to_batch(record, column_types(record.schema, record.arrays))
 
 
 def _stored_columns(schema: Schema) -> list[Column]:

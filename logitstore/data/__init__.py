@@ -3,6 +3,7 @@
 from logitstore.data.collate import Batch, Item, SampleId, collate
 from logitstore.data.dataset import LogitDataset
 from logitstore.data.loader import Loader, loader
+from logitstore.data.retokenize import StudentBatch, retokenizer
 
 __all__ = [
     "Batch",
@@ -10,6 +11,8 @@ __all__ = [
     "Loader",
     "LogitDataset",
     "SampleId",
+    "StudentBatch",
     "collate",
     "loader",
+    "retokenizer",
 ]

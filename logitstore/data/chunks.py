@@ -78,6 +78,9 @@ class ChunkCache:
         self._bytes = 0
         self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
 
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        return key in self._chunks
+
     def get(self, key: tuple[int, int], read: Callable[[], Record]) -> Chunk:
         """The chunk of that (shard, chunk) number, read when it is not here."""
         chunk = self._chunks.get(key)

@@ -18,7 +18,8 @@ from logitstore.data.checks import check_alignment, check_tokenizer
 from logitstore.data.chunks import ChunkCache, Row
 from logitstore.data.collate import Item, SampleId
 from logitstore.data.order import EpochOrder, RankOrder, ShardTable, Tail, rank_part
-from logitstore.record import columns_needed
+from logitstore.data.prefetch import AHEAD_CHUNKS, ChunkKey, Prefetcher
+from logitstore.record import Record, columns_needed
 from logitstore.record.selection import Selection, Split, parse_conditions
 from logitstore.spec.errors import NotFoundError, StateError, UsageError
 from logitstore.spec.header import AUX_FIELDS
@@ -55,9 +56,12 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         split: "train" for the other samples, "validation" for those set aside.
         max_samples: use only the first so many of the selected samples, in storage order.
         cache_bytes: decoded chunks to keep in each process.
+        cache_dir, cache_limit_bytes, offline: of `logitstore.open`, for a folder or URL. Offline, a
+            cache that lacks chunks is refused here, not in the middle of an epoch; with
+            `max_samples` chunks are looked for as they are read.
 
     Raises: UsageError bad-argument, k-exceeds-vocabulary, unknown-aux; AlignmentError
-    tokenizer-mismatch, store-misaligned; what opening a store raises.
+    tokenizer-mismatch, store-misaligned; NotFoundError not-cached; what opening a store raises.
     """
 
     def __init__(
@@ -78,6 +82,9 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         split: Split = "train",
         max_samples: int | None = None,
         cache_bytes: int = 256 << 20,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_limit_bytes: int | None = None,
+        offline: bool = False,
     ) -> None:
         self.rank, self.world_size = _this_rank(rank, world_size)
         _check(
@@ -96,7 +103,16 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
             ("cache_bytes", cache_bytes, cache_bytes >= 0, "0 or more"),
         )
         self._owns_store = not isinstance(store, Store)
-        self.store = store if isinstance(store, Store) else open_store(store)
+        if isinstance(store, Store):
+            caches = cache_dir is not None or cache_limit_bytes is not None or offline
+            _check(("cache_dir", cache_dir, not caches, "a location, or ls.open(..., cache_dir=)"))
+            self.store = store
+        else:
+            self.store = open_store(
+                store, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes, offline=offline
+            )
+        if max_samples is None:
+            self.store.require_cached()
         self.header = self.store.header
         self.shuffle, self.seed, self.tail = shuffle, seed, tail
         self.max_samples = max_samples
@@ -113,6 +129,7 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         mapped = self.header.container == "arrow" and self.store.location.kind == "local"
         self._chunks = ChunkCache(cache_bytes, mapped=mapped)
         self._chunk_starts: dict[int, list[int]] = {}
+        self._prefetcher: Prefetcher | None = None
         self._keep = self._scan()
         self._order: tuple[int, RankOrder] | None = None
         self.epoch_samples = len(self.epoch_order(epoch))
@@ -154,6 +171,23 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
     def items(self, numbers: Sequence[int]) -> list[Item]:
         """Samples by their number in the store, whatever the epoch's order."""
         return [self._item(number) for number in numbers]
+
+    # fetching ahead, for remote stores
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether it helps to announce chunks: a local store is read in place."""
+        return self.store.location.kind != "local"
+
+    def chunks_of(self, numbers: Sequence[int]) -> list[ChunkKey]:
+        """The chunks that hold these samples, each once, in their order."""
+        return list(dict.fromkeys(self._chunk_of(number)[:2] for number in numbers))
+
+    def announce(self, keys: Iterable[ChunkKey]) -> None:
+        """Begin to fetch chunks that are needed soon, unless they are here already."""
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self.store)
+        self._prefetcher.announce(key for key in keys if key not in self._chunks)
 
     # epochs and order
 
@@ -205,6 +239,9 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
 
     def close(self) -> None:
         """Release files and connections; a store that was passed in stays open."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
         if self._owns_store:
             self.store.close()
 
@@ -222,7 +259,8 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
     def __getstate__(self) -> dict[str, Any]:
         # Decoded chunks and orders are cheap to make again, and expensive to send.
         empty = ChunkCache(self._chunks.limit_bytes, mapped=self._chunks.mapped)
-        return {**self.__dict__, "_chunks": empty, "_chunk_starts": {}, "_order": None}
+        fresh = {"_chunks": empty, "_chunk_starts": {}, "_order": None, "_prefetcher": None}
+        return {**self.__dict__, **fresh}
 
     # inside
 
@@ -235,16 +273,24 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         return self._order[1]
 
     def _item(self, number: int) -> Item:
+        shard, chunk, inside = self._chunk_of(number)
+        decoded = self._chunks.get((shard, chunk), lambda: self._read(shard, chunk, self._columns))
+        sample_id = SampleId(self.store.shards[shard].shard, inside)
+        row = inside - self._starts_of_chunks(shard)[chunk]
+        return Item(Row(decoded, row), self.header, sample_id, self.k)
+
+    def _chunk_of(self, number: int) -> tuple[int, int, int]:
+        """(shard, chunk, row inside the shard) of a sample."""
         # Plain lists and bisect: numpy takes several times as long for a single number.
         shard = bisect_right(self._first_sample, number) - 1
         inside = number - self._first_sample[shard]
-        starts = self._starts_of_chunks(shard)
-        chunk = bisect_right(starts, inside) - 1
-        decoded = self._chunks.get(
-            (shard, chunk), lambda: self.store.read_chunk(shard, chunk, self._columns)
-        )
-        sample_id = SampleId(self.store.shards[shard].shard, inside)
-        return Item(Row(decoded, inside - starts[chunk]), self.header, sample_id, self.k)
+        return shard, bisect_right(self._starts_of_chunks(shard), inside) - 1, inside
+
+    def _read(self, shard: int, chunk: int, columns: Collection[str] | None) -> Record:
+        data = None if self._prefetcher is None else self._prefetcher.take((shard, chunk))
+        if data is None:
+            return self.store.read_chunk(shard, chunk, columns)
+        return self.store.decode_chunk(shard, chunk, data, columns)
 
     def _starts_of_chunks(self, shard: int) -> list[int]:
         """Row of the shard at which each chunk begins, and the number of its rows."""
@@ -266,8 +312,11 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         columns |= names & {"segment_ids", "label", "loss_mask"}
         parts = [np.zeros(0, bool)]
         for shard in range(len(self.store.shards)):
-            for chunk in range(len(self._starts_of_chunks(shard)) - 1):
-                parts.append(self.selection.keeps(self.store.read_chunk(shard, chunk, columns)))
+            keys = [(shard, chunk) for chunk in range(len(self._starts_of_chunks(shard)) - 1)]
+            for number, key in enumerate(keys):
+                if self.fetches_ahead and number % AHEAD_CHUNKS == 0:
+                    self.announce(keys[number : number + 2 * AHEAD_CHUNKS])
+                parts.append(self.selection.keeps(self._read(*key, columns)))
         return np.concatenate(parts)
 
     def _shards_of(self, snapshot: Snapshot) -> list[int]:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.data
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from logitstore.data.collate import Batch, Item, collate
 from logitstore.data.dataset import LogitDataset
 from logitstore.data.order import Interval, RankOrder, count, rank_part, remaining
+from logitstore.data.prefetch import ChunkKey, Lookahead
 from logitstore.data.state import LoaderState
 from logitstore.spec.errors import LogitstoreError, StateError, UsageError
 from logitstore.store import Snapshot
@@ -50,7 +51,9 @@ class Loader(DataLoader[Batch]):
         collate_fn: Callable[[Sequence[Item]], Batch],
         **options: Any,
     ) -> None:
-        self._batches = _Batches(batch_size, drop_last)
+        ahead = dataset.chunks_of if dataset.fetches_ahead else None
+        readers = max(1, options.get("num_workers", 0))
+        self._batches = _Batches(batch_size, drop_last, readers, ahead)
         super().__init__(
             _Reader(dataset, collate_fn),
             batch_sampler=self._batches,
@@ -215,13 +218,31 @@ def loader(
     )
 
 
-class _Batches(torch.utils.data.Sampler[list[int]]):
+class _Request(NamedTuple):
+    """Sample numbers of a batch, and chunks that its reader needs soon."""
+
+    numbers: list[int]
+    soon: list[ChunkKey]
+
+
+class _Batches(torch.utils.data.Sampler[Any]):
     """Sample numbers of each batch. Workers get numbers and not places, so that they need to know
     neither epoch nor snapshot nor where a state stood.
+
+    Args:
+        readers: processes that read; batch i is read by number i % readers.
+        chunks_of: sample numbers -> their chunks, where fetching ahead helps.
     """
 
-    def __init__(self, batch_size: int, drop_last: bool) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        drop_last: bool,
+        readers: int,
+        chunks_of: Callable[[Sequence[int]], list[ChunkKey]] | None,
+    ) -> None:
         self.batch_size, self._drop_last = batch_size, drop_last
+        self._readers, self._chunks_of = readers, chunks_of
         self._order: RankOrder | None = None
         self._smallest_part, self._consumed = 0, 0
 
@@ -234,14 +255,28 @@ class _Batches(torch.utils.data.Sampler[list[int]]):
         left = max(smallest_part - consumed, 0)
         return left // self.batch_size if self._drop_last else -(-left // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        assert self._order is not None
+    def __iter__(self) -> Iterator[_Request]:
+        order, chunks_of = self._order, self._chunks_of
+        assert order is not None
         number = self.number(self._smallest_part, self._consumed)
-        for i in range(number):
-            start = self._consumed + i * self.batch_size
-            last = i == number - 1 and not self._drop_last
-            stop = len(self._order) if last else start + self.batch_size
-            yield self._order.numbers(start, stop).tolist()
+
+        def numbers(batch: int) -> list[int]:
+            start = self._consumed + batch * self.batch_size
+            last = batch == number - 1 and not self._drop_last
+            stop = len(order) if last else start + self.batch_size
+            return order.numbers(start, stop).tolist()
+
+        ahead = (
+            []
+            if chunks_of is None
+            else [
+                Lookahead(lambda batch: chunks_of(numbers(batch)), first, self._readers, number)
+                for first in range(self._readers)
+            ]
+        )
+        for batch in range(number):
+            soon = ahead[batch % self._readers].at(batch) if ahead else []
+            yield _Request(numbers(batch), soon)
 
 
 class _Reader(torch.utils.data.Dataset[Batch]):
@@ -258,9 +293,11 @@ class _Reader(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         return self._collate(self._dataset.items([number]))
 
-    def __getitems__(self, numbers: Sequence[int]) -> Batch | LogitstoreError:
+    def __getitems__(self, request: _Request) -> Batch | LogitstoreError:
         try:
-            return self._collate(self._dataset.items(numbers))
+            if request.soon:
+                self._dataset.announce(request.soon)
+            return self._collate(self._dataset.items(request.numbers))
         except LogitstoreError as error:
             # Raised in a worker it would reach the parent as a RuntimeError; as a value it keeps
             # its class and kind.

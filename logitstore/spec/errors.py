@@ -206,6 +206,7 @@ KINDS: dict[str, str] = {
     "not-a-store": "the location holds no store",
     "file-not-found": "a named file does not exist",
     "sample-out-of-range": "no sample of that number",
+    "shard-not-found": "no visible shard of that name",
     "table-not-found": "the store has no table of that name",
     # corpus
     "corpus-empty": "the corpus holds no document with text",

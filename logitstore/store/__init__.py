@@ -10,6 +10,7 @@ with writer.begin(shard, plan) as attempt:
 writer.seal()
 """
 
+from logitstore.store.copy import CopyReport, copy
 from logitstore.store.gc import DEFAULT_GRACE_S, Deletion, GcPlan, gc
 from logitstore.store.location import Location, parse_location
 from logitstore.store.reader import ShardView, Store
@@ -26,6 +27,7 @@ from logitstore.store.writer import (
 
 __all__ = [
     "DEFAULT_GRACE_S",
+    "CopyReport",
     "Deletion",
     "GcPlan",
     "Location",
@@ -37,6 +39,7 @@ __all__ = [
     "StoreWriter",
     "VerifyReport",
     "append",
+    "copy",
     "create",
     "gc",
     "open",

@@ -8,7 +8,7 @@ from typing import BinaryIO, Literal, Protocol
 
 from logitstore.store.location import Location
 
-__all__ = ["Backend", "Entry", "ObjectWriter"]
+__all__ = ["Backend", "Entry", "ObjectWriter", "ReadBackend"]
 
 
 @dataclass(frozen=True)
@@ -40,35 +40,54 @@ class ObjectWriter(Protocol):
         ...
 
 
-class Backend(Protocol):
-    """One store's storage. Keys are checked relative paths.
+class ReadBackend(Protocol):
+    """What reading a store asks of its storage. Keys are checked relative paths.
 
-    Every method raises StorageError (disk-full, permission-denied, storage-failed; fork-unsafe for
-    remote storage in a forked child).
+    Every method raises StorageError (disk-full, permission-denied, storage-failed,
+    credentials-missing; fork-unsafe for remote storage in a forked child) and, offline,
+    NotFoundError not-cached.
     """
 
     location: Location
 
-    def get(self, key: str, *, limit_bytes: int) -> bytes | None:
+    def get(self, key: str, *, limit_bytes: int, sha256: str | None = None) -> bytes | None:
         """A whole small file, None when it does not exist.
+
+        Args:
+            sha256: of the file, where it is known: lets a remote reader ask again for a damaged
+                one. The caller compares what it gets.
 
         Raises: FormatError document-too-large beyond `limit_bytes`.
         """
         ...
 
-    def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
+    def get_range(
+        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int | None = None
+    ) -> memoryview:
         """Exactly `length` bytes of an object that must be `size_bytes` long.
+
+        Args:
+            crc32c: of these bytes, where it is known: lets a remote reader keep them, and ask again
+                for damaged ones. The caller compares what it gets.
 
         Raises: IntegrityError object-missing, object-size-mismatch.
         """
         ...
 
-    def size(self, key: str) -> int | None:
-        """Size in bytes, None when it does not exist."""
-        ...
-
     def list(self, folder: str) -> list[Entry]:
         """Files of one folder, in order of their keys; "" is the store's own folder."""
+        ...
+
+    def close(self) -> None:
+        """Release handles; arrays that were read stay valid."""
+        ...
+
+
+class Backend(ReadBackend, Protocol):
+    """One store's storage, for reading and writing."""
+
+    def size(self, key: str) -> int | None:
+        """Size in bytes, None when it does not exist."""
         ...
 
     def create(self, key: str, data: bytes, *, kind: str) -> bool:
@@ -97,8 +116,4 @@ class Backend(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove a file; it may be gone already."""
-        ...
-
-    def close(self) -> None:
-        """Release handles; arrays that were read stay valid."""
         ...

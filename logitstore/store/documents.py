@@ -12,9 +12,10 @@ from logitstore.spec.errors import IntegrityError, LogitstoreError, NotFoundErro
 from logitstore.spec.header import Header
 from logitstore.spec.index import Index, IndexRow
 from logitstore.spec.plan import Plan
-from logitstore.store.backend import Backend
+from logitstore.store.backend import ReadBackend
 
 __all__ = [
+    "COMMITS_FOLDER",
     "HEADER_KEY",
     "INDEX_KEY",
     "commit_key",
@@ -36,6 +37,7 @@ __all__ = [
 
 HEADER_KEY = "store.json"
 INDEX_KEY = "index.json"
+COMMITS_FOLDER = "commits"
 
 # Requests in flight while many small documents are fetched from a remote store.
 _FETCH_THREADS = 16
@@ -47,7 +49,7 @@ _OBJECT_NAME = re.compile(r"([0-9]{4}-[0-9]{6})\.([0-9a-f]{8,32})\.(?:zarr\.zip|
 
 def commit_key(shard: str, generation: int) -> str:
     """Key of a commit."""
-    return f"commits/{shard}.{generation}.json"
+    return f"{COMMITS_FOLDER}/{shard}.{generation}.json"
 
 
 def plan_key(number: int) -> str:
@@ -71,23 +73,23 @@ def parse_object_name(name: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def list_commits(backend: Backend) -> dict[str, list[int]]:
+def list_commits(backend: ReadBackend) -> dict[str, list[int]]:
     """shard -> its generations in ascending order, by name only; other files are ignored."""
     found: dict[str, list[int]] = {}
-    for entry in backend.list("commits"):
+    for entry in backend.list(COMMITS_FOLDER):
         match = _COMMIT_NAME.fullmatch(entry.key.rpartition("/")[2])
         if match:
             found.setdefault(match[1], []).append(int(match[2]))
     return {shard: sorted(generations) for shard, generations in sorted(found.items())}
 
 
-def list_plans(backend: Backend) -> list[int]:
+def list_plans(backend: ReadBackend) -> list[int]:
     """Numbers of the plans in ascending order, by name only."""
     names = (entry.key.rpartition("/")[2] for entry in backend.list("plans"))
     return sorted(int(m[1]) for m in map(_PLAN_NAME.fullmatch, names) if m)
 
 
-def load_header(backend: Backend) -> tuple[Header, str]:
+def load_header(backend: ReadBackend) -> tuple[Header, str]:
     """The header and the SHA-256 of its body.
 
     Raises: NotFoundError not-a-store; FormatError; IntegrityError document-hash-mismatch.
@@ -105,7 +107,7 @@ def load_header(backend: Backend) -> tuple[Header, str]:
     return header, sha256_hex(read_body(data, where=where))
 
 
-def load_index(backend: Backend, header: Header, header_sha256: str) -> Index | None:
+def load_index(backend: ReadBackend, header: Header, header_sha256: str) -> Index | None:
     """The index of a sealed store, None for one that is not sealed.
 
     Raises: FormatError; IntegrityError document-hash-mismatch, document-mismatch.
@@ -121,7 +123,7 @@ def load_index(backend: Backend, header: Header, header_sha256: str) -> Index | 
 
 
 def load_plan(
-    backend: Backend, header: Header, number: int, *, sha256: str | None = None
+    backend: ReadBackend, header: Header, number: int, *, sha256: str | None = None
 ) -> tuple[Plan, str]:
     """A plan and the SHA-256 of its body, which must be `sha256` when that is given.
 
@@ -140,7 +142,7 @@ def load_plan(
 
 
 def load_plans(
-    backend: Backend, header: Header, index: Index | None
+    backend: ReadBackend, header: Header, index: Index | None
 ) -> dict[int, tuple[Plan, str]]:
     """number -> (plan, SHA-256), in ascending order: those of the index, or all that are listed."""
     if index is not None:
@@ -151,7 +153,7 @@ def load_plans(
 
 
 def load_commit(
-    backend: Backend,
+    backend: ReadBackend,
     header: Header,
     shard: str,
     generation: int,
@@ -203,7 +205,7 @@ def load_commit(
 
 
 def load_commits(
-    backend: Backend,
+    backend: ReadBackend,
     header: Header,
     pairs: Iterable[tuple[str, int]],
     plans: Mapping[int, tuple[Plan, str]],
@@ -219,7 +221,7 @@ def load_commits(
         return list(pool.map(load, pairs))
 
 
-def load_table(backend: Backend, header: Header, name: str) -> bytes:
+def load_table(backend: ReadBackend, header: Header, name: str) -> bytes:
     """A table's bytes, compared with the header.
 
     Raises: NotFoundError table-not-found; IntegrityError document-missing, table-hash-mismatch.
@@ -233,7 +235,7 @@ def load_table(backend: Backend, header: Header, name: str) -> bytes:
             got=name,
             expected=", ".join(t.name for t in header.tables) or "none: this store has no tables",
         )
-    data, where = _required(backend, table_key(name))
+    data, where = _required(backend, table_key(name), sha256=ref.sha256)
     if len(data) != ref.bytes or sha256_hex(data) != ref.sha256:
         raise IntegrityError(
             "table-hash-mismatch",
@@ -259,9 +261,9 @@ def index_row(commit: Commit, sha256: str) -> IndexRow:
     )
 
 
-def _required(backend: Backend, key: str) -> tuple[bytes, str]:
+def _required(backend: ReadBackend, key: str, *, sha256: str | None = None) -> tuple[bytes, str]:
     where = _where(backend, key)
-    data = backend.get(key, limit_bytes=MAX_DOCUMENT_BYTES)
+    data = backend.get(key, limit_bytes=MAX_DOCUMENT_BYTES, sha256=sha256)
     if data is None:
         raise IntegrityError(
             "document-missing",
@@ -272,7 +274,7 @@ def _required(backend: Backend, key: str) -> tuple[bytes, str]:
     return data, where
 
 
-def _where(backend: Backend, key: str) -> str:
+def _where(backend: ReadBackend, key: str) -> str:
     return f"{backend.location}/{key}"
 
 

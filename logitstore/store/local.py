@@ -73,7 +73,7 @@ class LocalBackend:
 
     # reading
 
-    def get(self, key: str, *, limit_bytes: int) -> bytes | None:
+    def get(self, key: str, *, limit_bytes: int, sha256: str | None = None) -> bytes | None:
         path = self._path(key)
         try:
             descriptor = self._open(path)
@@ -93,7 +93,9 @@ class LocalBackend:
             expected=f"at most {limit_bytes}",
         )
 
-    def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
+    def get_range(
+        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int | None = None
+    ) -> memoryview:
         try:
             mapping = self._mapping(key, size_bytes)
             # Asked again at each read: touching pages of a file that shrank kills the process.

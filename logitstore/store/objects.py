@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -16,17 +17,22 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from logitstore.spec.errors import FormatError, IntegrityError, LogitstoreError, StorageError
 from logitstore.spec.paths import check_key
 from logitstore.store.backend import Entry
+from logitstore.store.credentials import TOKEN, TOKEN_FILE, bearer_token, without_token
 from logitstore.store.local import storage_error
 from logitstore.store.location import Location
+from logitstore.store.retry import retrying
+from logitstore.store.retry_after import retry_after_s
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 __all__ = ["ObjectBackend"]
 
-# Enough for a restart of a server; a wrong host is reported after a few seconds.
+# Object stores are tried again by obstore itself first, which knows their errors. It knows no
+# Retry-After, so that HTTP servers are left to `retrying`, as is whatever fails for longer.
 _RETRIES = 6
 _RETRY_TIMEOUT = timedelta(seconds=60)
+_BUSY = (429, 503)
 
 _PROBE_RACERS = 8
 _HASH_BLOCK_BYTES = 4 << 20
@@ -73,15 +79,19 @@ class ObjectBackend:
 
     # reading
 
-    def get(self, key: str, *, limit_bytes: int) -> bytes | None:
-        try:
+    def get(self, key: str, *, limit_bytes: int, sha256: str | None = None) -> bytes | None:
+        def fetch() -> tuple[int, bytes]:
             with self._errors(key, may_be_missing=True):
                 result = self._store().get(key)
                 size = result.meta["size"]
-                if size <= limit_bytes:
-                    return bytes(result.bytes())
+                return size, bytes(result.bytes()) if size <= limit_bytes else b""
+
+        try:
+            size, data = retrying(fetch)
         except FileNotFoundError:
             return None
+        if size <= limit_bytes:
+            return data
         raise FormatError(
             "document-too-large",
             "file exceeds its size limit",
@@ -90,12 +100,17 @@ class ObjectBackend:
             expected=f"at most {limit_bytes}",
         )
 
-    def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
-        try:
+    def get_range(
+        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int | None = None
+    ) -> memoryview:
+        def fetch() -> tuple[int, memoryview]:
             with self._errors(key, may_be_missing=True):
                 result = self._store().get(key, options={"range": (offset, offset + length)})
                 size = result.meta["size"]
-                data = memoryview(result.bytes()) if size == size_bytes else memoryview(b"")
+                return size, memoryview(result.bytes() if size == size_bytes else b"")
+
+        try:
+            size, data = retrying(fetch)
         except FileNotFoundError:
             raise IntegrityError(
                 "object-missing",
@@ -123,16 +138,23 @@ class ObjectBackend:
         return data
 
     def size(self, key: str) -> int | None:
-        try:
+        def ask() -> int:
             with self._errors(key, may_be_missing=True):
                 return self._store().head(key)["size"]
+
+        try:
+            return retrying(ask)
         except FileNotFoundError:
             return None
 
     def list(self, folder: str) -> list[Entry]:
         self._refuse_http("cannot be listed")
-        with self._errors(folder):
-            found = self._store().list_with_delimiter(folder or None)["objects"]
+
+        def ask() -> Sequence[Any]:
+            with self._errors(folder):
+                return self._store().list_with_delimiter(folder or None)["objects"]
+
+        found = retrying(ask)
         entries = [Entry(m["path"], m["size"], m["last_modified"].timestamp()) for m in found]
         return sorted(entries, key=lambda entry: entry.key)
 
@@ -229,22 +251,41 @@ class ObjectBackend:
         except LogitstoreError:
             raise
         except (PermissionDeniedError, UnauthenticatedError) as error:
+            http = self.location.kind == "http"
             raise StorageError(
                 "permission-denied",
-                "the object store refuses",
+                "the server refuses" if http else "the object store refuses",
                 where=self._where(key),
                 got=_first_lines(error),
-                hint="credentials are taken from the environment (AWS_*, GOOGLE_*, AZURE_*)",
-            ) from error
+                hint=f"the bearer token is taken from {TOKEN}, or from the file {TOKEN_FILE} names"
+                if http
+                else "credentials are taken from the environment (AWS_*, GOOGLE_*, AZURE_*)",
+            ) from None
         except (BaseError, OSError, ValueError) as error:
             if may_be_missing and isinstance(error, FileNotFoundError):
                 raise
-            raise StorageError(
-                "storage-failed",
-                "storage operation failed",
-                where=self._where(key),
-                got=_first_lines(error),
-            ) from error
+            raise self._storage_failed(key, _first_lines(error)) from None
+
+    def _storage_failed(self, key: str, told: str) -> StorageError:
+        missing = _missing_credentials(self.location, told)
+        if missing is not None:
+            return missing
+        status = _status(told)
+        data: dict[str, Any] = {}
+        if _may_pass(told, status):
+            data["transient"] = True
+            asked_s = None
+            if status in _BUSY and self.location.kind == "http":
+                asked_s = retry_after_s(self._where(key))
+            if asked_s is not None:
+                data["retry_after_s"] = asked_s
+        return StorageError(
+            "storage-failed",
+            "storage operation failed",
+            where=self._where(key),
+            got=told,
+            data=data,
+        )
 
 
 class RemoteObjectWriter:
@@ -288,18 +329,59 @@ def _connect(location: Location) -> ObjectStore:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://")):
         options["allow_http"] = True
+    token = bearer_token() if location.kind == "http" else None
+    if token:
+        options["default_headers"] = {"authorization": f"Bearer {token}"}
+    retries = _RETRIES if location.kind == "object" else 0
     try:
         return from_url(
             url,
             client_options=options,
-            retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
+            retry_config={"max_retries": retries, "retry_timeout": _RETRY_TIMEOUT},
         )
     except Exception as error:  # obstore raises several unrelated types for a bad configuration
-        raise StorageError(
-            "storage-failed", "cannot connect", where=location, got=_first_lines(error)
-        ) from error
+        told = _first_lines(error)
+        raise _missing_credentials(location, told) or StorageError(
+            "storage-failed", "cannot connect", where=location, got=told
+        ) from None
+
+
+# Where obstore looks when the environment holds nothing: the metadata service of a cloud's machine.
+_METADATA_SERVICES = ("169.254.169.254", "metadata.google.internal")
+_VARIABLES = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public "
+    "bucket",
+    "gs": "GOOGLE_SERVICE_ACCOUNT, the path of a service account's key",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+def _missing_credentials(location: Location, told: str) -> StorageError | None:
+    if not (any(s in told for s in _METADATA_SERVICES) or "Account must be specified" in told):
+        return None
+    return StorageError(
+        "credentials-missing",
+        "no credentials in the environment, and this machine has none from its cloud",
+        where=location,
+        got=told,
+        expected=_VARIABLES.get(str(location).partition(":")[0]),
+    )
+
+
+def _status(told: str) -> int | None:
+    match = re.search(r"status code: ([1-5][0-9]{2})\b", told)
+    return int(match[1]) if match else None
+
+
+def _may_pass(told: str, status: int | None) -> bool:
+    """Whether the same request may succeed later: overload, a restart, a cut connection."""
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    return "HTTP error: " in told and "redirect" not in told
 
 
 def _first_lines(error: BaseException) -> str:
-    """The message without obstore's multi-line debug rendering of the cause."""
-    return " ".join(str(error).split("\n\nDebug source:")[0].split())[:400]
+    """The message without obstore's multi-line debug rendering of the cause, and without secrets
+    that a server sent back in it."""
+    text = " ".join(str(error).split("\n\nDebug source:")[0].split())
+    return without_token(text)[:400]

@@ -20,8 +20,8 @@ from logitstore.spec.header import Header
 from logitstore.spec.index import Index, IndexRow
 from logitstore.spec.plan import Plan
 from logitstore.spec.statistics import Statistics
-from logitstore.store.backend import Backend
-from logitstore.store.connect import connect
+from logitstore.store.backend import ReadBackend
+from logitstore.store.connect import connect_reader
 from logitstore.store.documents import (
     INDEX_KEY,
     index_row,
@@ -36,9 +36,18 @@ from logitstore.store.documents import (
 )
 from logitstore.store.location import Location
 from logitstore.store.lru import ProcessLRU
+from logitstore.store.remote import RemoteReader
+from logitstore.store.retry import TRAINING_PATIENCE_S, patience
 from logitstore.store.snapshot import Snapshot
 
-__all__ = ["ShardView", "Store", "open_store", "sum_column_bytes", "unsealed_on_http"]
+__all__ = [
+    "ShardView",
+    "Store",
+    "open_store",
+    "sum_column_bytes",
+    "unsealed_on_http",
+    "visible_rows",
+]
 
 # Chunk rows of cached commits; each takes about half a kilobyte.
 MAX_CACHED_ROWS = 200_000
@@ -60,7 +69,12 @@ class ShardView:
 
 
 def open_store(
-    location: str | os.PathLike[str] | Location, *, snapshot: Snapshot | None = None
+    location: str | os.PathLike[str] | Location,
+    *,
+    snapshot: Snapshot | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_limit_bytes: int | None = None,
+    offline: bool = False,
 ) -> Store:
     """Open a store and pin what it holds now.
 
@@ -70,11 +84,17 @@ def open_store(
     Args:
         location: folder, or file, s3, gs, az, http or https URL.
         snapshot: pin exactly these commits instead.
+        cache_dir: folder on a disk of this host where what is read from a remote store is kept, for
+            all processes of this user; a local store is read in place.
+        cache_limit_bytes: of that folder, 50 GB by default; what was used longest ago goes first.
+        offline: make no request, read the cache only; its entries stay while the store is open.
 
-    Raises: NotFoundError not-a-store; StorageError; FormatError; IntegrityError; StateError
-    state-mismatch for another store's snapshot.
+    Raises: NotFoundError not-a-store, not-cached; StorageError; FormatError; IntegrityError;
+    StateError state-mismatch for another store's snapshot; UsageError bad-argument.
     """
-    backend = connect(location)
+    backend = connect_reader(
+        location, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes, offline=offline
+    )
     header, header_sha256 = load_header(backend)
     index = load_index(backend, header, header_sha256)
     if snapshot is not None and snapshot.store_uuid != header.store_uuid:
@@ -88,7 +108,7 @@ def open_store(
     if index is None:
         if backend.location.kind == "http":
             raise unsealed_on_http(backend)
-        rows = _rows_of(backend, header, None if snapshot is None else snapshot.commits)
+        rows = visible_rows(backend, header, None if snapshot is None else snapshot.commits)
     else:
         rows = index.shards
         if snapshot is not None:
@@ -96,7 +116,7 @@ def open_store(
     return Store(backend, header, index, rows)
 
 
-def unsealed_on_http(backend: Backend) -> IntegrityError:
+def unsealed_on_http(backend: ReadBackend) -> IntegrityError:
     """The error for a store without index where nothing can be listed."""
     return IntegrityError(
         "document-missing",
@@ -106,8 +126,8 @@ def unsealed_on_http(backend: Backend) -> IntegrityError:
     )
 
 
-def _rows_of(
-    backend: Backend, header: Header, pairs: Collection[tuple[str, int]] | None
+def visible_rows(
+    backend: ReadBackend, header: Header, pairs: Collection[tuple[str, int]] | None
 ) -> tuple[IndexRow, ...]:
     """Rows of an unsealed store: of these commits, or of the highest generation of every shard."""
     if pairs is None:
@@ -117,7 +137,7 @@ def _rows_of(
     return tuple(index_row(c, digest) for c, digest in load_commits(backend, header, pairs, plans))
 
 
-def _pinned(index: Index, snapshot: Snapshot, backend: Backend) -> tuple[IndexRow, ...]:
+def _pinned(index: Index, snapshot: Snapshot, backend: ReadBackend) -> tuple[IndexRow, ...]:
     rows = {(row.shard, row.generation): row for row in index.shards}
     missing = [pair for pair in snapshot.commits if pair not in rows]
     if missing:
@@ -145,7 +165,7 @@ class Store:
     """
 
     def __init__(
-        self, backend: Backend, header: Header, index: Index | None, rows: tuple[IndexRow, ...]
+        self, backend: ReadBackend, header: Header, index: Index | None, rows: tuple[IndexRow, ...]
     ) -> None:
         self.location = backend.location
         self.header = header
@@ -190,8 +210,11 @@ class Store:
         )
 
     def refresh(self) -> Store:
-        """This store with what it holds now."""
-        return open_store(self.location)
+        """This store with what it holds now; read through the same cache."""
+        remote = self._backend if isinstance(self._backend, RemoteReader) else None
+        if remote is None:
+            return open_store(self.location)
+        return open_store(self.location, **remote.options)
 
     def plans(self) -> tuple[Plan, ...]:
         """All plans, in order of their numbers."""
@@ -235,28 +258,88 @@ class Store:
     def read_chunk(self, shard: int, chunk: int, columns: Collection[str] | None = None) -> Record:
         """One chunk's record, its bytes compared with the committed checksum.
 
+        A remote store is asked again for bytes that arrived damaged, once, and for up to five
+        minutes when it cannot be reached.
+
         Args:
             shard: index into `shards`.
             chunk: index into the commit's chunk table.
             columns: only these; None for all.
 
         Raises: IntegrityError object-missing, object-size-mismatch, chunk-checksum-mismatch;
-        FormatError chunk-malformed; StorageError.
+        FormatError chunk-malformed; NotFoundError not-cached; StorageError.
+        """
+        with patience(TRAINING_PATIENCE_S):
+            data = self.chunk_bytes(shard, chunk)
+        return self.decode_chunk(shard, chunk, data, columns)
+
+    def chunk_bytes(self, shard: int, chunk: int) -> memoryview:
+        """The stored bytes of one chunk, compared with the committed checksum.
+
+        Gives up on a remote store that cannot be reached after a few seconds. Raises as
+        `read_chunk`.
         """
         commit = self.commit(shard)
         row = commit.chunks[chunk]
         key = object_key(commit.object.name)
-        data = self._backend.get_range(key, row.offset, row.bytes, size_bytes=commit.object.bytes)
+        data = self._backend.get_range(
+            key, row.offset, row.bytes, size_bytes=commit.object.bytes, crc32c=row.crc32c
+        )
         if crc32c(data) != row.crc32c:
+            twice = "" if self.location.kind == "local" else ", twice"
             raise IntegrityError(
                 "chunk-checksum-mismatch",
                 "chunk is damaged",
                 where=f"{self.location}/{key} chunk {chunk}",
-                got=f"crc32c {crc32c(data):08x} of {row.bytes} bytes at {row.offset}",
+                got=f"crc32c {crc32c(data):08x} of {row.bytes} bytes at {row.offset}{twice}",
                 expected=f"crc32c {row.crc32c:08x}",
                 hint="restore the object from a copy; `logitstore verify --full` lists all damage",
+                data={"shard": commit.shard, "chunk": chunk},
             )
+        return data
+
+    def decode_chunk(
+        self, shard: int, chunk: int, data: memoryview, columns: Collection[str] | None = None
+    ) -> Record:
+        """The record in what `chunk_bytes` returned.
+
+        Raises: FormatError chunk-malformed.
+        """
+        commit = self.commit(shard)
         return self._container.decode(data, self.header, commit, chunk, columns, verified=True)
+
+    def require_cached(self) -> None:
+        """When opened offline, look whether every chunk is there.
+
+        Raises: NotFoundError not-cached, with the number of missing chunks and, in
+        `data["missing"]`, shard and chunk of the first thousand.
+        """
+        remote = self._backend
+        if not (isinstance(remote, RemoteReader) and remote.offline):
+            return
+        missing = []
+        total = 0
+        for shard, view in enumerate(self.shards):
+            key = object_key(view.object)
+            chunks = self.commit(shard).chunks
+            total += len(chunks)
+            missing += [
+                (view.shard, chunk)
+                for chunk, row in enumerate(chunks)
+                if not remote.holds(key, row.offset, row.bytes)
+            ]
+        if missing:
+            raise NotFoundError(
+                "not-cached",
+                "offline, and the cache is not complete",
+                where=self.location,
+                got=f"{len(missing)} of {total} chunks are missing, the first is chunk "
+                f"{missing[0][1]} of shard {missing[0][0]}",
+                expected="the whole store",
+                hint="read it once without offline=True and with the same cache_dir, or use "
+                "`logitstore copy`",
+                data={"missing": missing[:1000]},
+            )
 
     def sample(self, sample: int, columns: Collection[str] | None = None) -> Record:
         """One sample; decodes its whole chunk."""
@@ -280,9 +363,10 @@ class Store:
         if held is not None:
             return held
         row = self._rows[shard]
-        commit, _ = load_commit(
-            self._backend, self.header, row.shard, row.generation, sha256=row.commit_sha256
-        )
+        with patience(TRAINING_PATIENCE_S):
+            commit, _ = load_commit(
+                self._backend, self.header, row.shard, row.generation, sha256=row.commit_sha256
+            )
         if index_row(commit, row.commit_sha256) != row:
             raise IntegrityError(
                 "index-mismatch",

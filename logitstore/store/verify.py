@@ -20,7 +20,7 @@ from logitstore.spec.errors import IntegrityError, LogitstoreError
 from logitstore.spec.header import Header
 from logitstore.spec.index import Index
 from logitstore.spec.plan import Plan
-from logitstore.store.backend import Backend
+from logitstore.store.backend import Backend, ReadBackend
 from logitstore.store.connect import connect
 from logitstore.store.documents import (
     HEADER_KEY,
@@ -41,7 +41,7 @@ from logitstore.store.documents import (
 from logitstore.store.location import Location
 from logitstore.store.reader import sum_column_bytes, unsealed_on_http
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["VerifyReport", "check_chunk", "object_blocks", "verify"]
 
 # Read at once: chunks side by side, so that remote stores are not asked for each.
 _READ_BYTES = 16 << 20
@@ -236,12 +236,12 @@ class _Verifier:
         kind = container(header.container)
         digest = hashlib.sha256()
         with checking():
-            for data, first, rows in _blocks(self.backend, key, commit):
+            for data, first, rows in object_blocks(self.backend, key, commit):
                 digest.update(data)
                 for number, (start, length) in enumerate(rows, first):
                     with checking():
                         chunk = data[start : start + length]
-                        _check_chunk(chunk, commit, number, where)
+                        check_chunk(chunk, commit, number, where)
                         kind.decode(chunk, header, commit, number, verified=True)
             if digest.hexdigest() != commit.object.sha256:
                 raise IntegrityError(
@@ -284,7 +284,8 @@ def _check_size(size: int | None, commit: Commit, where: str) -> None:
         )
 
 
-def _check_chunk(data: memoryview, commit: Commit, chunk: int, where: str) -> None:
+def check_chunk(data: memoryview, commit: Commit, chunk: int, where: str) -> None:
+    """Raises: IntegrityError chunk-checksum-mismatch when a chunk is not the committed one."""
     if crc32c(data) != commit.chunks[chunk].crc32c:
         raise IntegrityError(
             "chunk-checksum-mismatch",
@@ -295,8 +296,8 @@ def _check_chunk(data: memoryview, commit: Commit, chunk: int, where: str) -> No
         )
 
 
-def _blocks(
-    backend: Backend, key: str, commit: Commit
+def object_blocks(
+    backend: ReadBackend, key: str, commit: Commit
 ) -> Iterator[tuple[memoryview, int, list[tuple[int, int]]]]:
     """The object's bytes in order: (bytes, number of their first chunk, (start, length) of
     chunks)."""

@@ -18,9 +18,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from logitstore.spec.errors import KINDS, LogitstoreError
+from logitstore.spec.errors import LogitstoreError
 from logitstore.spec.version import __version__
-from logitstore_server import files
+from logitstore_server import croissant, files, rows, samples
 from logitstore_server.problems import ServiceError, install
 from logitstore_server.routing import GetRoute, Problem, problems, registry_of
 from logitstore_server.settings import ServerSettings
@@ -76,10 +76,11 @@ def create_app(settings: ServerSettings) -> FastAPI:
     app.router.route_class = GetRoute
     app.state.settings = settings
     app.state.registry = Registry(settings.stores)
-    # Set by whoever stops the service, so that no new client is sent here.
-    app.state.draining = False
     install(app)
     files.add_routes(app)
+    samples.add_routes(app)
+    rows.add_routes(app)
+    croissant.add_routes(app)
     app.get("/v1/stores", tags=["stores"], response_model=StoreList, responses=problems())(stores)
     app.get("/healthz", tags=["service"], response_model=Health, responses=problems())(healthz)
     app.get("/readyz", tags=["service"], response_model=Health, responses=problems())(readyz)
@@ -94,9 +95,7 @@ async def healthz() -> Health:
 
 
 async def readyz(request: Request) -> Health:
-    """Whether every store can be opened and the service is not about to stop."""
-    if request.app.state.draining:
-        raise ServiceError("store-unavailable", "the service is stopping")
+    """Whether every store can be opened. Before the service stops it says no as well."""
     registry = registry_of(request)
     failed = 0
     for served in registry:
@@ -157,12 +156,15 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             summary=app.summary,
             description=(
                 "Paths under /v1 keep their meaning; answers may gain keys, which clients must "
-                "ignore. Every GET answers HEAD as well. Error kinds: "
-                + ", ".join(sorted(KINDS))
-                + "."
+                "ignore. Every GET answers HEAD as well."
             ),
             routes=app.routes,
         )
+        for item in document["paths"].values():
+            for operation in item.values():
+                # The framework's own form, at routes where nothing can be invalid.
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    del operation["responses"]["422"]
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas.pop("HTTPValidationError", None)
         schemas.pop("ValidationError", None)

@@ -153,7 +153,9 @@ async def _document(
     media_type: str = _JSON,
 ) -> Response:
     headers = header_map(request.scope)
-    coding = accepted_coding(headers.get(b"accept-encoding"), CODINGS)
+    # Ranges are of the plain bytes: a part of a compressed file is of no use to a client.
+    offered = () if b"range" in headers else CODINGS
+    coding = accepted_coding(headers.get(b"accept-encoding"), offered)
     if coding:
         document = await run_in_threadpool(served.encoded, document, coding)
     shape = Representation(

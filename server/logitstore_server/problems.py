@@ -51,12 +51,14 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # kind -> status, where it is not that of the error's class below
 STATUS: dict[str, int] = {
+    "bad-argument": 422,
     "store-not-found": 404,
     "path-not-found": 404,
     "method-not-allowed": 405,
     "not-acceptable": 406,
     "precondition-failed": 412,
     "range-not-satisfiable": 416,
+    "cursor-invalid": 422,
     "store-unavailable": 503,
     "not-a-store": 503,
     "internal": 500,

@@ -144,18 +144,21 @@ def add_file_route(
             ("If-Match", "ETags; 412 if none holds."),
         )
     ]
-    content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media_types}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    # A part of a JSON document is none: it has the media type and no schema.
+    json_parts = {kind: {} if kind == "application/json" else binary for kind in media_types}
+    whole = {
+        kind: {"schema": {"type": "object"}} if kind == "application/json" else binary
+        for kind in media_types
+    }
     responses: dict[int | str, dict[str, Any]] = {
         200: {
             "description": "The file." + (" It never changes." if immutable else ""),
-            "content": content,
+            "content": whole,
         },
         206: {
             "description": "The ranges asked for.",
-            "content": {
-                **content,
-                "multipart/byteranges": {"schema": {"type": "string", "format": "binary"}},
-            },
+            "content": {**json_parts, "multipart/byteranges": binary},
         },
         304: {"description": "The client has it already."},
         **problems(404, 406, 412, 416),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 
 from logitstore_server.conditional import Answer
 
-__all__ = ["SLICE_BYTES", "Read", "send_answer", "send_blocks"]
+__all__ = ["SLICE_BYTES", "Read", "forget_mapped", "send_answer", "send_blocks"]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -25,6 +26,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Read = Callable[[int, int], memoryview]
 
 SLICE_BYTES = 1 << 20
+# Until then the socket has taken the last slice from an event loop that does not copy it.
+_LINGER_S = 0.5
 
 
 async def send_answer(
@@ -46,19 +49,21 @@ async def send_answer(
         return
     body = await _take(slices[0], read, waits)
     await send(start)
-    if len(slices) == 1:
-        await send({"type": "http.response.body", "body": body})
-        _forget(body, slices[0])
-        return
-    async with _until_disconnect(receive) as gone:
+    # The last two: an event loop that does not copy may still hold the end of the one before.
+    sent: deque[tuple[bytes | memoryview, bytes | tuple[int, int]]] = deque(maxlen=2)
+    async with _until_disconnect(receive, watch=len(slices) > 1) as gone:
         for number, part in enumerate(slices):
             if number:
                 body = await _take(part, read, waits)
             more = number + 1 < len(slices)
             await send({"type": "http.response.body", "body": body, "more_body": more})
-            _forget(body, part)
-            if gone.done():
-                return
+            for each in sent:
+                forget_mapped(*each)
+            sent.append((body, part))
+            if gone():
+                break
+    for each in sent:
+        asyncio.get_running_loop().call_later(_LINGER_S, forget_mapped, *each)
 
 
 async def send_blocks(
@@ -81,12 +86,12 @@ async def send_blocks(
     block = await run_in_threadpool(next, blocks, None)
     await send(start)
     async with _until_disconnect(receive) as gone:
-        while block is not None and not gone.done():
+        while block is not None and not gone():
             for offset in range(0, len(block), SLICE_BYTES):
                 part = memoryview(block)[offset : offset + SLICE_BYTES]
                 await send({"type": "http.response.body", "body": part, "more_body": True})
             block = await run_in_threadpool(next, blocks, None)
-        if not gone.done():
+        if not gone():
             await send({"type": "http.response.body", "body": b""})
 
 
@@ -106,11 +111,15 @@ async def _take(part: bytes | tuple[int, int], read: Read, waits: bool) -> bytes
     return await run_in_threadpool(read, *part) if waits else read(*part)
 
 
-def _forget(body: bytes | memoryview, part: bytes | tuple[int, int]) -> None:
-    """Take a sent slice of a mapped file out of the process's memory.
+def forget_mapped(body: bytes | memoryview, part: bytes | tuple[int, int]) -> None:
+    """Take a part of a mapped file out of the process's memory, once it was sent or decoded.
 
     The file stays in the page cache; without this, resident memory would grow by all that is ever
-    served.
+    served. Whoever still looks at the part finds it again.
+
+    Args:
+        body: what reading the part gave.
+        part: (start, stop) in the file.
     """
     mapping = body.obj if isinstance(body, memoryview) else None
     if isinstance(mapping, mmap.mmap) and not isinstance(part, bytes):
@@ -119,8 +128,13 @@ def _forget(body: bytes | memoryview, part: bytes | tuple[int, int]) -> None:
 
 
 @asynccontextmanager
-async def _until_disconnect(receive: Receive) -> AsyncIterator[asyncio.Task[None]]:
-    """A task that ends when the client goes away."""
+async def _until_disconnect(
+    receive: Receive, *, watch: bool = True
+) -> AsyncIterator[Callable[[], bool]]:
+    """A function that says whether the client has gone away; without `watch` it is not asked."""
+    if not watch:
+        yield lambda: False
+        return
 
     async def wait() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -128,6 +142,6 @@ async def _until_disconnect(receive: Receive) -> AsyncIterator[asyncio.Task[None
 
     task = asyncio.create_task(wait())
     try:
-        yield task
+        yield task.done
     finally:
         task.cancel()

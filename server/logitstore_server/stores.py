@@ -85,6 +85,7 @@ class Opened:
         document: the index's bytes.
         sealed: whether it can still grow.
         objects: shard objects by name.
+        backend: reads bytes of them.
     """
 
     store: Store
@@ -92,6 +93,7 @@ class Opened:
     document: Document
     sealed: bool
     objects: dict[str, ObjectRef]
+    backend: Backend
 
 
 class ServedStore:
@@ -247,7 +249,7 @@ class ServedStore:
             for row in index.shards
         }
         store = Store(self.backend, header, index, index.shards)
-        return Opened(store, index, found, sealed, objects)
+        return Opened(store, index, found, sealed, objects, self.backend)
 
     def _index_now(self, header: Header, header_sha256: str) -> Index:
         """What `seal` would write if the store were complete; equal in every process."""

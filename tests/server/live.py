@@ -36,7 +36,7 @@ def serving(*stores: str) -> Iterator[tuple[str, psutil.Process]]:
         assert child.stdout is not None
         url = f"http://127.0.0.1:{int(child.stdout.readline())}"
         transport = httpx2.HTTPTransport(retries=20)
-        with httpx2.Client(transport=transport) as client:
+        with httpx2.Client(transport=transport, timeout=60) as client:
             assert client.get(f"{url}/healthz").status_code == 200
         yield url, psutil.Process(child.pid)
     finally:

@@ -42,7 +42,7 @@ def url(folder: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx2.Client]:
     # Without headers of its own, so that a request says only what its test says.
-    with httpx2.Client(headers={"Accept-Encoding": "identity"}) as each:
+    with httpx2.Client(timeout=60, headers={"Accept-Encoding": "identity"}) as each:
         yield each
 
 
@@ -293,6 +293,9 @@ def test_documents_are_compressed_as_the_client_likes(url, client, key):
         again = client.get(address, headers={"Accept-Encoding": accepts, "If-None-Match": tag})
         assert again.status_code == 304
     assert len(tags) == 3  # one for each form
+    part = client.get(address, headers={"Accept-Encoding": "gzip", "Range": "bytes=2-9"})
+    assert (part.status_code, part.content) == (206, plain[2:10])
+    assert "content-encoding" not in part.headers
     refused = client.get(address, headers={"Accept-Encoding": "identity;q=0"})
     assert (refused.status_code, refused.json()["kind"]) == (406, "not-acceptable")
 

@@ -1,0 +1,119 @@
+"""`logitstore serve`: stores over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from logitstore_cli import command as form
+from logitstore_cli.output import Output, pass_output
+
+
+@form.command(
+    "serve",
+    example="logitstore serve STORE\n"
+    "logitstore serve /data/a s3://bucket/b --name one --name two --workers 4\n"
+    "logitstore serve --config server.toml",
+)
+@click.argument("stores", nargs=-1, metavar="STORE...")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    help="Of each STORE in turn, for its URL; default: its last part.",
+)
+@click.option("--config", type=click.Path(path_type=Path), help="TOML or YAML file of settings.")
+@click.option("--host", help="Address to listen on; default 127.0.0.1.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Default 8640; 0: any that is free.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes; default 1.")
+@click.option("--public", is_flag=True, help="Let anybody who can connect read the STOREs.")
+@click.option("--keys-file", type=click.Path(path_type=Path), help="File of keys that may read.")
+@click.option(
+    "--allow-host", "allow_hosts", multiple=True, help="A name the service is reached by."
+)
+@click.option(
+    "--allow-public-without-keys", is_flag=True, help="Listen on a network without a file of keys."
+)
+@pass_output
+def command(
+    out: Output,
+    stores: tuple[str, ...],
+    names: tuple[str, ...],
+    config: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    public: bool,
+    keys_file: Path | None,
+    allow_hosts: tuple[str, ...],
+    allow_public_without_keys: bool,
+) -> None:
+    """Serve stores read-only over HTTP: ls.open("http://HOST:PORT/v1/stores/NAME").
+
+    Flags win over LOGITSTORE_SERVER_* in the environment, these over --config. Stores that are
+    still being captured are served as they grow. SIGTERM lets requests in flight finish.
+    """
+    from logitstore.spec.errors import UsageError
+
+    try:
+        from logitstore_server.serving import serve
+        from logitstore_server.settings import load_settings
+    except ImportError as error:
+        raise UsageError(
+            "missing-dependency",
+            "the service needs a package that is not installed",
+            got=str(error.name),
+            hint='pip install "logitstore[serve]"',
+        ) from None
+    if names and len(names) != len(stores):
+        raise UsageError(
+            "bad-argument",
+            "every STORE needs a --name if one has it",
+            got=f"{len(names)} names for {len(stores)} stores",
+        )
+    entries = [
+        {"name": name, "location": location, "public": public}
+        for name, location in zip(names or map(_last_part, stores), stores, strict=True)
+    ]
+    settings = load_settings(
+        {
+            "stores": entries or None,
+            "host": host,
+            "port": port,
+            "workers": workers,
+            "keys_file": keys_file,
+            "allow_hosts": allow_hosts or None,
+            "allow_public_without_keys": allow_public_without_keys or None,
+        },
+        file=config,
+    ).settings
+    if not settings.stores:
+        raise UsageError(
+            "bad-argument", "no store to serve", expected="STORE, or `stores` in the settings"
+        )
+    _check_stores([entry.location for entry in settings.stores])
+
+    def say(url: str) -> None:
+        for entry in settings.stores:
+            out.data(f"{url}/v1/stores/{entry.name}")
+        out.note("Ctrl-C ends it")
+
+    serve(settings, on_bound=say)
+
+
+def _last_part(location: str) -> str:
+    return location.rstrip("/").rpartition("/")[2]
+
+
+def _check_stores(locations: list[str]) -> None:
+    """Refuse a location without a store now, rather than answer 503 later."""
+    from logitstore.store.connect import connect
+    from logitstore.store.documents import load_header
+
+    for location in locations:
+        backend = connect(location)
+        try:
+            load_header(backend)
+        finally:
+            backend.close()

@@ -1,0 +1,73 @@
+"""Take the screenshots of docs/viewer.md from a real store.
+
+    python docs/draw_viewer.py STORE
+
+STORE is a top-64 capture; a copy with 16 ids is made beside it for the comparison. Needs the
+development environment and Chromium (LOGITSTORE_CHROMIUM names one that is not on the PATH).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import sync_playwright
+
+FIGURES = Path(__file__).resolve().parent / "figures"
+NAME, NARROW = "python-docs", "python-docs-k16"
+SAMPLE = f"stores/{NAME}/samples/3?measure=entropy&position=40"
+WIDE, PHONE = (1280, 860), (360, 780)
+# figure -> address, size, colours
+SHOTS: dict[str, tuple[str, tuple[int, int], str]] = {
+    "viewer-store": (f"stores/{NAME}/overview", WIDE, "light"),
+    "viewer-sample": (SAMPLE, WIDE, "light"),
+    "viewer-sample-dark": (SAMPLE, WIDE, "dark"),
+    "viewer-sample-phone": (SAMPLE, PHONE, "light"),
+    "viewer-find": (f"stores/{NAME}/find?text=Python&measure=label_logprob", WIDE, "light"),
+    "viewer-compare": (f"compare/samples/2?a={NAME}&b={NARROW}&order=missed", WIDE, "light"),
+}
+
+
+def main(store: str) -> None:
+    """Serve the store and its copy, and photograph every page."""
+    with tempfile.TemporaryDirectory() as folder:
+        place, narrow = Path(folder, NAME), Path(folder, NARROW)
+        shutil.copytree(store, place)
+        command = [sys.executable, "-c", "from logitstore_cli.main import main; main()"]
+        convert = ["convert", str(place), str(narrow), "--signal", "topk:16", "--quiet"]
+        subprocess.run([*command, *convert], check=True)
+        view = [*command, "view", NAME, NARROW, "--port", "0", "--no-browser"]
+        with subprocess.Popen(view, stdout=subprocess.PIPE, text=True, cwd=folder) as viewer:
+            try:
+                assert viewer.stdout is not None
+                _shoot(viewer.stdout.readline().strip())
+            finally:
+                viewer.terminate()
+
+
+def _shoot(address: str) -> None:
+    path = os.environ.get("LOGITSTORE_CHROMIUM") or shutil.which("chromium")
+    with sync_playwright() as playwright:
+        browser: Any = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
+        for name, (page_path, (width, height), scheme) in SHOTS.items():
+            page = browser.new_page(
+                viewport={"width": width, "height": height}, color_scheme=scheme
+            )
+            page.goto(address + page_path)
+            page.wait_for_load_state("networkidle")
+            # The folder of a moment ago means nothing to a reader.
+            page.locator(".sub .small").evaluate_all("all => all.forEach((one) => one.remove())")
+            page.screenshot(path=FIGURES / f"{name}.png")
+            page.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,235 @@
+"""A guard against slow clients at the level of connections, where uvicorn has none.
+
+uvicorn alone waits for ever for a request's head, for a body, and for a reader. `GuardedProtocol`
+drops connections that keep the server waiting:
+
+- silent, or not done with the headers `head_timeout_s` after connecting or after the first byte;
+- not done with the body after `body_timeout_s`;
+- taking less than `min_send_bytes_per_s` over `send_window_s` while bytes are waiting for them;
+- beyond `max_connections`, or with a head above `max_head_bytes`.
+
+What waits for a reader in memory stays below 64 KiB (uvicorn's high-water mark) plus one piece that
+the application sends. Deadlines are looked at twice a second for all connections together, so that
+a request costs no timer.
+
+    GuardedConfig(app, guard=settings, ...)     # in place of uvicorn.Config
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http
+from typing import Any, Literal
+
+from uvicorn import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from logitstore_server.metrics import CONNECTIONS, DROPPED_CONNECTIONS
+from logitstore_server.problems import ServiceError, problem
+from logitstore_server.settings import ServerSettings
+
+__all__ = ["SWEEP_S", "GuardedConfig", "GuardedProtocol"]
+
+SWEEP_S = 0.5
+
+
+class GuardedConfig(Config):
+    """uvicorn's configuration for a guarded server."""
+
+    def __init__(self, app: Any, *, guard: ServerSettings, **kwargs: Any) -> None:
+        super().__init__(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            timeout_keep_alive=max(1, round(guard.keep_alive_s)),
+            server_header=False,
+            proxy_headers=False,  # `secure` reads them, from trusted proxies alone
+            **kwargs,
+        )
+        self.guard = guard
+
+
+class _CountingTransport:
+    """A transport that knows how many bytes were given to it."""
+
+    __slots__ = ("_transport", "written")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.written = 0
+
+    def write(self, data: Any) -> None:
+        self.written += len(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection, with deadlines. What it waits for is its phase:
+
+    "head" and "body": bytes of a request; None: the application, or a keep-alive connection's next
+    request, which uvicorn's own timer limits.
+    """
+
+    config: GuardedConfig
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        assert isinstance(config, GuardedConfig)
+        self._limits = config.guard
+        self._parsing: Literal["head", "body"] | None = None
+        self._phase: Literal["head", "body"] | None = "head"
+        self._phase_since_s = self.loop.time()
+        self._head_bytes = 0
+        self._refused = False
+        # While bytes wait for the reader: since when, and how many had been taken by then.
+        self._sending_since_s: float | None = None
+        self._taken_then = 0
+
+    # --- connection -------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._counted = _CountingTransport(transport)
+        super().connection_made(self._counted)  # type: ignore[arg-type]
+        CONNECTIONS.inc()
+        _start_sweeping(self.server_state, self.loop)
+        if len(self.connections) > self._limits.max_connections:
+            self._refuse("too-many-connections")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        CONNECTIONS.dec()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if self._parsing == "head" and self._head_bytes > self._limits.max_head_bytes:
+            self._refuse("head-too-large")
+        phase = self._parsing
+        if phase is None and not self._is_answering:
+            phase = "head"  # stray bytes between two requests
+        if phase != self._phase:
+            self._phase = phase
+            self._phase_since_s = self.loop.time()
+
+    # --- parser callbacks -------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._parsing = "head"
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._head_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes <= self._limits.max_head_bytes:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._head_bytes > self._limits.max_head_bytes:
+            return  # data_received refuses it
+        self._parsing = "body"
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self._parsing == "body":
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._parsing == "body":
+            self._parsing = None
+            super().on_message_complete()
+
+    # --- deadlines --------------------------------------------------------------------------
+
+    def check(self, now_s: float) -> None:
+        """Drop the client if it has kept the server waiting too long."""
+        if self._reads_too_slowly(now_s):
+            DROPPED_CONNECTIONS.labels("slow-reader").inc()
+            # Not close(), which would wait until the client has read what is buffered.
+            self.transport.abort()
+        elif self.transport.is_closing() or self._phase is None:
+            return
+        elif self._phase == "head" and now_s - self._phase_since_s > self._limits.head_timeout_s:
+            if self._is_answering:
+                self._phase_since_s = now_s  # half of a pipelined request must not cut this answer
+                return
+            DROPPED_CONNECTIONS.labels("head-timeout").inc()
+            self.transport.close()
+        elif self._phase == "body" and now_s - self._phase_since_s > self._limits.body_timeout_s:
+            self._refuse("body-timeout")
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _reads_too_slowly(self, now_s: float) -> bool:
+        waiting = self.transport.get_write_buffer_size()
+        taken = self._counted.written - waiting
+        if not waiting:
+            self._sending_since_s = None
+        elif self._sending_since_s is None:
+            self._sending_since_s, self._taken_then = now_s, taken
+        elif now_s - self._sending_since_s >= self._limits.send_window_s:
+            rate = (taken - self._taken_then) / (now_s - self._sending_since_s)
+            self._sending_since_s, self._taken_then = now_s, taken
+            return rate < self._limits.min_send_bytes_per_s
+        return False
+
+    def _refuse(self, reason: str) -> None:
+        """Answer with a problem document, unless an answer has begun, and close."""
+        self._refused = True
+        DROPPED_CONNECTIONS.labels(reason).inc()
+        if self.transport.is_closing():
+            return
+        if not (self._is_answering and self.cycle.response_started):
+            self.transport.write(_refusal(reason))
+        self.transport.close()
+
+
+_REFUSALS = {
+    "too-many-connections": ("service-busy", "the service has too many connections"),
+    "head-too-large": ("head-too-large", "the request line and headers are too long"),
+    "body-timeout": ("request-timeout", "the request's body did not arrive in time"),
+}
+
+
+def _refusal(reason: str) -> bytes:
+    response = problem(ServiceError(*_REFUSALS[reason]), {"path": "/"})
+    phrase = http.HTTPStatus(response.status_code).phrase
+    lines = [
+        f"HTTP/1.1 {response.status_code} {phrase}",
+        *(f"{name}: {value}" for name, value in response.headers.items()),
+        "connection: close",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + bytes(response.body)
+
+
+def _start_sweeping(state: ServerState, loop: asyncio.AbstractEventLoop) -> None:
+    """Check every connection of this worker twice a second, for as long as there is one."""
+    if getattr(state, "is_swept", False):
+        return
+
+    def sweep() -> None:
+        for connection in list(state.connections):
+            connection.check(loop.time())  # type: ignore[union-attr]
+        if state.connections:
+            loop.call_later(SWEEP_S, sweep)
+        else:
+            state.is_swept = False  # type: ignore[attr-defined]
+
+    state.is_swept = True  # type: ignore[attr-defined]
+    loop.call_later(SWEEP_S, sweep)

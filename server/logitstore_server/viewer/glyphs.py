@@ -1,0 +1,111 @@
+"""Token bytes as text a person can see: no invisible character, nothing that moves its neighbours.
+
+Spaces become `·`, newlines `⏎`, tabs `⇥`, control characters their pictures, bytes that are not
+UTF-8 `‹E2 82›`, format and direction characters `‹U+202E›`.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from logitstore.spec.tokenizer_table import TokenizerTable
+
+__all__ = ["MAX_SHOWN", "Glyphs", "class_glyphs", "number_glyphs", "token_glyphs", "visible"]
+
+# Characters of one token that are shown; the rest is counted.
+MAX_SHOWN = 48
+
+_PICTURES = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
+# Categories without a shape of their own: controls, format and direction marks, surrogates, private
+# use, unassigned, separators.
+_SHAPELESS = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
+
+
+class Glyphs(NamedTuple):
+    """What is shown for an id.
+
+    Attributes:
+        text: at most `MAX_SHOWN` characters and what was left out.
+        kind: "text", "special" (a control token, shown by its name), "partial" (holds bytes that
+            are not UTF-8 alone), "newline" (ends a line), "id" (no bytes are known).
+    """
+
+    text: str
+    kind: str
+
+
+def visible(data: bytes, limit: int = MAX_SHOWN) -> str:
+    """Text of bytes with a glyph for everything; past `limit` characters, the number of bytes."""
+    # Four bytes are the most a character takes, so this decodes no more than can be shown.
+    head = data[: 4 * limit + 4]
+    shown: list[str] = []
+    for piece in _pieces(head):
+        shown.append(piece)
+        if len(shown) > limit:
+            break
+    if len(shown) <= limit and len(head) == len(data):
+        return "".join(shown)
+    return "".join(shown[:limit]) + f"…({len(data):,} bytes)"
+
+
+def token_glyphs(table: TokenizerTable) -> Callable[[int], Glyphs]:
+    """id -> glyphs, by a store's own table."""
+
+    def glyphs(token: int) -> Glyphs:
+        data = table.tokens[token] if 0 <= token < len(table) else None
+        if data is None:
+            return Glyphs(f"#{token}", "id")
+        text = visible(data)
+        if token in table.special:
+            return Glyphs(text, "special")
+        if not data:
+            return Glyphs("∅", "text")
+        if "\ufffd" in data.decode("utf-8", "replace") and "\ufffd".encode() not in data:
+            return Glyphs(text, "partial")
+        return Glyphs(text, "newline" if data.endswith(b"\n") else "text")
+
+    return glyphs
+
+
+def number_glyphs(token: int) -> Glyphs:
+    """For stores without a table: the number."""
+    return Glyphs(f"#{token}", "id")
+
+
+def class_glyphs(names: list[str]) -> Callable[[int], Glyphs]:
+    """Class number -> its name."""
+
+    def glyphs(number: int) -> Glyphs:
+        if not 0 <= number < len(names):
+            return number_glyphs(number)
+        return Glyphs(visible(names[number].encode()).replace("·", " "), "text")
+
+    return glyphs
+
+
+def _pieces(data: bytes) -> Iterator[str]:
+    """One string per character, or per run of bytes that are no character."""
+    while data:
+        try:
+            text, broken, data = data.decode(), b"", b""
+        except UnicodeDecodeError as error:
+            text = data[: error.start].decode()
+            broken, data = data[error.start : error.end], data[error.end :]
+        yield from map(_character, text)
+        if broken:
+            yield f"‹{broken.hex(' ').upper()}›"
+
+
+def _character(character: str) -> str:
+    picture = _PICTURES.get(character)
+    if picture is not None:
+        return picture
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    category = unicodedata.category(character)
+    if category in _SHAPELESS:
+        return f"‹U+{ord(character):04X}›"
+    # A mark without its letter would sit on whatever is shown before it.
+    return "◌" + character if category.startswith("M") else character

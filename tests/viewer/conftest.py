@@ -1,0 +1,116 @@
+"""A Chromium that reaches loopback alone, and a viewer of stores from a real capture and a hostile
+push."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitstore import store
+from logitstore_cli.main import run
+from tests.viewer.viewed import HOSTILE_TABLE, VOCAB, push, serving
+
+# Besides what a sandbox needs: nothing that would look for the network by itself.
+ARGUMENTS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+HOSTILE_NAME = "<img src=x onerror=document.title='owned'>"
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, or the one that LOGITSTORE_CHROMIUM names."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = os.environ.get("LOGITSTORE_CHROMIUM") or shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium: install it, or name one in LOGITSTORE_CHROMIUM")
+    # The sandbox needs privileges that root in a container does not have.
+    arguments = [*ARGUMENTS, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory, tiny_lm_dir: Path) -> Iterator[str]:
+    """The address of a viewer of five stores."""
+    from tests.conftest import TRAINING_TEXT
+
+    folder = tmp_path_factory.mktemp("viewed")
+    corpus = folder / "corpus.txt"
+    corpus.write_text(TRAINING_TEXT * 3, encoding="utf-8")
+    for name, signal in (("captured", "topk:16"), ("narrow", "topk:4")):
+        arguments = ["precompute", "--teacher", f"hf:{tiny_lm_dir}", "--corpus", str(corpus)]
+        arguments += ["--signal", signal, "--out", str(folder / name), "--seq-len", "128"]
+        assert run([*arguments, "--progress", "none", "--no-bos-check", "--quiet"]) == 0
+    push(folder / HOSTILE_NAME, "topk:8", table=HOSTILE_TABLE, lengths=(60, 60), key="<b>{}</b>")
+    push(folder / "graph", "graph:k=3,form=vocab")
+    push(folder / "threshold", "threshold:tau=1/10")
+    push(
+        folder / "long", "topk:2", lengths=(32_768,), chunk_positions=2048, shard_positions=1 << 16
+    )
+    stores = {place.name: store.open(place) for place in sorted(folder.iterdir()) if place.is_dir()}
+    assert stores["long"].header.vocab_size == VOCAB
+    with serving(stores) as address:
+        yield address
+    for each in stores.values():
+        each.close()
+
+
+class Look:
+    """A page of a fresh profile. Anything that a script logs as an error, or asks of another host,
+    is collected."""
+
+    def __init__(self, browser: Any, site: str, **options: Any) -> None:
+        self.context = browser.new_context(**options)
+        self.site = site
+        self.complaints: list[str] = []
+        self.context.route("**/*", self._only_loopback)
+        self.page = self.context.new_page()
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
+
+    def open(self, path: str) -> Any:
+        """The page at the path, once it is quiet."""
+        answer = self.page.goto(self.site + path)
+        assert answer is not None
+        self.page.wait_for_load_state("networkidle")
+        return self.page
+
+    def _console(self, message: Any) -> None:
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def _only_loopback(self, route: Any) -> None:
+        if route.request.url.startswith(self.site):
+            route.continue_()
+        else:
+            self.complaints.append(f"asked for {route.request.url}")
+            route.abort()
+
+
+@pytest.fixture
+def look(browser: Any, site: str) -> Iterator[Any]:
+    """Opens profiles; at the end none may have complained."""
+    opened: list[Look] = []
+
+    def start(**options: Any) -> Look:
+        opened.append(Look(browser, site, **options))
+        return opened[-1]
+
+    yield start
+    for each in opened:
+        each.context.close()
+    assert [complaint for each in opened for complaint in each.complaints] == []

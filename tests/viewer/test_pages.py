@@ -1,0 +1,460 @@
+"""What pages and their data say, compared with the records; without a browser."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from logitstore import store
+from logitstore.record.sequences import has_label, labels
+from logitstore_cli.commands.stats import summary
+from logitstore_server.viewer import find as find_module
+from logitstore_server.viewer import viewer_app, viewer_routes
+from logitstore_server.viewer.glyphs import token_glyphs, visible
+from logitstore_server.viewer.routes import SECURITY_HEADERS, STATIC
+from tests.viewer.viewed import HOSTILE_TABLE, TABLE, VOCAB, push
+
+SIGNALS = {
+    "topk": "topk:8",
+    "q8": "topk:8,p=0.9,coding=q8",
+    "sampled": "sampled:20",
+    "threshold": "threshold:tau=1/10",
+    "dense": "dense:dtype=float32",
+    "graph": "graph:k=3",
+    "vocab-graph": "graph:k=3,form=vocab",
+}
+HOSTILE_NAME = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("stores")
+    for name, signal in SIGNALS.items():
+        push(place / name, signal)
+    push(place / "other", "dense:dtype=float32", noise=0.7)
+    push(place / "other-topk", "topk:8", noise=0.7)
+    push(place / HOSTILE_NAME, "topk:8", table=HOSTILE_TABLE)
+    push(place / "no-table", "topk:8", table=None)
+    return place
+
+
+@pytest.fixture(scope="module")
+def stores(folder: Path) -> Iterator[dict[str, store.Store]]:
+    opened = {place.name: store.open(place) for place in sorted(folder.iterdir())}
+    yield opened
+    for each in opened.values():
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def client(stores: dict[str, store.Store]) -> TestClient:
+    return TestClient(viewer_app(stores))
+
+
+def test_every_page_has_data_beside_it_and_a_strict_policy(client, stores):
+    pages = ["/", "/compare", "/compare?a=topk&b=dense", "/compare/samples/1?a=topk&b=dense"]
+    for name, opened in stores.items():
+        base = f"/stores/{name.replace('<', '%3C').replace(' ', '%20')}"
+        shard = opened.shards[0].shard
+        pages += [f"{base}/{end}" for end in ("overview", "samples/1", "find", f"shards/{shard}")]
+    for page in pages:
+        path, mark, query = page.partition("?")
+        beside = ("/stores" if path == "/" else path) + ".json" + mark + query
+        for address, kind in ((page, "text/html; charset=utf-8"), (beside, "application/json")):
+            answer = client.get(address)
+            assert (answer.status_code, answer.headers["content-type"]) == (200, kind), address
+            for header, value in SECURITY_HEADERS.items():
+                assert answer.headers[header] == value
+    policy = SECURITY_HEADERS["Content-Security-Policy"]
+    assert "unsafe" not in policy
+    assert "http" not in policy
+
+
+def test_pages_hold_no_inline_script_style_or_handler(client):
+    for page in (
+        "/stores/topk/overview",
+        "/stores/topk/samples/0",
+        "/stores/vocab-graph/samples/0",
+    ):
+        text = client.get(page).text
+        assert "<style" not in text
+        assert " style=" not in text
+        assert " onclick=" not in text
+        for tag in text.split("<script")[1:]:
+            assert " src=" in tag.partition(">")[0] or "application/json" in tag.partition(">")[0]
+
+
+def test_hostile_names_and_tokens_are_text(client):
+    home = client.get("/").text
+    assert HOSTILE_NAME not in home
+    assert "&lt;img src=x onerror=alert(1)&gt;" in home
+    for page in ("overview", "samples/0", "find"):
+        text = client.get(f"/stores/%3Cimg%20src=x%20onerror=alert(1)%3E/{page}").text
+        assert "<img" not in text
+        assert "</script><script>" not in text
+        assert "\u202e" not in text
+
+
+def test_routes_only_read(stores):
+    for route in viewer_routes(stores):
+        assert route.methods == {"GET", "HEAD"}
+    answer = TestClient(viewer_app(stores)).post("/stores/topk/overview")
+    assert answer.status_code == 405
+
+
+def test_what_is_not_there_is_said_without_repeating_it(client):
+    for path in ("/nothing/%3Cscript%3E", "/stores/gone-%3Cb%3E/overview", "/static/../routes.py"):
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert "gone-" not in answer.text
+        assert "nothing" not in answer.text
+        assert answer.headers["Content-Security-Policy"]
+    assert client.get("/stores/topk/samples/99").status_code == 404
+    assert client.get("/stores/topk/samples/0?measure=x").status_code == 422
+    problem = client.get("/stores/topk/samples/0/kept.json?from=-1")
+    assert (problem.status_code, problem.json()["kind"]) == (422, "bad-argument")
+
+
+def test_overview_equals_stats_and_reads_no_chunk(client, stores, monkeypatch):
+    monkeypatch.setattr(
+        store.Store, "read_chunk", lambda *a, **k: pytest.fail("a chunk was read for the overview")
+    )
+    for name in SIGNALS:
+        told = client.get(f"/stores/{name}/overview.json").json()
+        held = summary(stores[name])
+        for key in ("samples", "positions", "bytes", "labels"):
+            assert told[key] == held[key]
+        assert told["nll"] == pytest.approx(held["nll"])
+        assert {c["name"]: c["bytes"] for c in told["columns"]} == {
+            c["name"]: c["bytes"] for c in held["columns"]
+        }
+        for chart in told["charts"]:
+            assert chart["mean"] == pytest.approx(held["measures"][chart["name"]]["mean"])
+            assert sum(b["count"] for b in chart["bins"]) == chart["count"]
+        assert sum(row["positions"] for row in told["shards"]) == told["positions"]
+
+
+def test_ece_equals_its_definition(client, stores):
+    opened = stores["topk"]
+    confidence, correct = [], []
+    for number in range(len(opened)):
+        record = opened.sample(number)
+        known = has_label(record)
+        confidence.append(np.exp(record["logprobs"][:, 0].astype(float))[known])
+        correct.append((record["label_rank"] == 0)[known])
+    p, hit = np.concatenate(confidence), np.concatenate(correct)
+    bins = np.minimum((p * 15).astype(int), 14)
+    expected = sum(
+        (bins == b).mean() * abs(hit[bins == b].mean() - p[bins == b].mean())
+        for b in np.unique(bins)
+    )
+    told = client.get("/stores/topk/overview.json").json()["reliability"]
+    assert told["ece"] == pytest.approx(expected, abs=1e-9)
+    assert "15 bins" in told["rule"]
+
+
+def test_kept_ids_of_topk_and_the_mass_outside(client, stores):
+    record = stores["topk"].sample(1)
+    exact = stores["dense"].sample(1)["logits"].astype(float)
+    exact = np.exp(exact - np.log(np.exp(exact).sum(-1, keepdims=True)))
+    for told in client.get("/stores/topk/samples/1/kept.json").json()["positions"]:
+        p = told["position"]
+        assert [e["id"] for e in told["entries"]] == record["ids"][p].tolist()
+        assert [e["rank"] for e in told["entries"]] == list(range(8))
+        values = [e["value"] for e in told["entries"]]
+        assert values == pytest.approx(exact[p, record["ids"][p]], rel=2e-3, abs=1e-5)
+        assert told["outside"]["kind"] == "exact"
+        outside = 1 - exact[p, record["ids"][p]].sum()
+        assert told["outside"]["mass"] == pytest.approx(outside, rel=3e-3, abs=1e-5)
+        label = labels(record)[p]
+        if label >= 0:
+            assert told["label"]["id"] == label
+            assert told["label"]["value"] == pytest.approx(exact[p, label], rel=5e-3, abs=1e-6)
+            assert told["label"]["kept"] == (label in record["ids"][p])
+            marked = [e["id"] for e in told["entries"] if e["label"]]
+            assert marked == ([label] if label in record["ids"][p] else [])
+        else:
+            assert told["label"] is None
+
+
+def test_kept_ids_of_drawn_signals(client, stores):
+    record = stores["sampled"].sample(1)
+    offsets = record.group_offsets("ids")
+    for told in client.get("/stores/sampled/samples/1/kept.json").json()["positions"]:
+        part = slice(offsets[told["position"]], offsets[told["position"] + 1])
+        counts = dict(
+            zip(record["ids"][part].tolist(), record["counts"][part].tolist(), strict=True)
+        )
+        assert {e["id"]: e["count"] for e in told["entries"]} == counts
+        assert all(e["value"] == pytest.approx(e["count"] / 20) for e in told["entries"])
+        assert told["outside"] == {**told["outside"], "mass": None, "kind": "unknown"}
+    for told in client.get("/stores/threshold/samples/1/kept.json").json()["positions"]:
+        heads = told["entries"][: told["heads"]]
+        assert sum(e["value"] for e in heads) + told["outside"]["mass"] == pytest.approx(
+            1, abs=1e-5
+        )
+        assert [e["exact"] for e in told["entries"]] == [
+            i < told["heads"] for i in range(len(told["entries"]))
+        ]
+    for told in client.get("/stores/dense/samples/1/kept.json?top=50").json()["positions"]:
+        assert sum(e["value"] for e in told["entries"]) == pytest.approx(1, abs=1e-4)
+        assert told["outside"]["kind"] == "none"
+    for told in client.get("/stores/graph/samples/1/kept.json").json()["positions"]:
+        assert told["entries"] == []
+
+
+def test_measures_name_their_source_and_the_flag_that_would_store_them(client):
+    sources = {
+        name: {
+            m["name"]: m["source"]
+            for m in client.get(f"/stores/{name}/samples/0.json").json()["measures"]
+        }
+        for name in SIGNALS
+    }
+    assert sources["topk"] == {
+        "entropy": "stored",
+        "top1_prob": "derived",
+        "label_logprob": "stored",
+        "label_rank": "stored",
+        "kept_mass": "stored",
+    }
+    assert sources["q8"]["top1_prob"] == "stored"
+    assert sources["sampled"]["top1_prob"] == sources["sampled"]["kept_mass"] == "unavailable"
+    assert set(sources["dense"].values()) == {"derived", "stored"}
+    told = client.get("/stores/sampled/samples/0.json").json()["measures"]
+    assert "--aux top1_logprob" in next(m["how"] for m in told if m["name"] == "top1_prob")
+
+
+def test_measures_of_every_signal_agree_with_the_logits(client):
+    truth = client.get("/stores/dense/samples/3/tokens.json").json()["measures"]
+    for name in SIGNALS:
+        told = client.get(f"/stores/{name}/samples/3/tokens.json").json()["measures"]
+        for measure in told.keys() - {"kept_mass"}:
+            for one, true in zip(told[measure], truth[measure], strict=True):
+                if one is not None and true is not None:
+                    # q8 keeps log-probs in steps of 1/16; a threshold head in steps of 1/64.
+                    assert one == pytest.approx(true, rel=0.02, abs=0.02), (name, measure)
+
+
+def test_a_damaged_shard_names_itself_and_leaves_the_others(tmp_path):
+    place = push(tmp_path / "st", "topk:8")
+    opened = store.open(place)
+    first, second = opened.shards[:2]
+    path = place / "shards" / second.object
+    data = bytearray(path.read_bytes())
+    chunk = opened.commit(1).chunks[0]
+    data[chunk.offset + chunk.bytes // 2] ^= 0xFF
+    path.write_bytes(data)
+    client = TestClient(viewer_app({"st": opened}))
+    damaged = first.samples
+    answer = client.get(f"/stores/st/samples/{damaged}")
+    assert answer.status_code == 500
+    assert "chunk-checksum-mismatch" in answer.text
+    assert second.object in answer.text
+    assert "logitstore verify" in answer.text
+    assert client.get("/stores/st/samples/0").status_code == 200
+    rows = client.get("/stores/st/overview.json").json()["shards"]
+    assert [row["state"] for row in rows[:2]] == ["unread", "damaged"]
+    checked = client.get(f"/stores/st/shards/{first.shard}.json?check=1").json()
+    assert checked["state"] == "checked"
+    page = client.get(f"/stores/st/shards/{second.shard}?check=1").text
+    assert "chunk-checksum-mismatch" in page
+    assert f"logitstore verify {place} --full" in page
+    found = client.get("/stores/st/find.json").json()
+    assert [p["shard"] for p in found["problems"]] == [second.shard]
+    assert found["partial"]
+    assert len(found["results"]) >= 1
+
+
+def test_empty_store_and_store_without_table_have_helpful_pages(tmp_path, client):
+    import logitstore
+
+    logitstore.writer(tmp_path / "new", signal="topk:4", vocab_size=9).close()
+    with store.open(tmp_path / "new") as opened:
+        empty = TestClient(viewer_app({"new": opened}))
+        page = empty.get("/stores/new/overview").text
+        assert "Nothing is committed yet" in page
+        assert "logitstore precompute" in page
+        assert empty.get("/stores/new/find").status_code == 200
+    assert "No token text" in client.get("/stores/no-table/overview").text
+    tokens = client.get("/stores/no-table/samples/0/tokens.json").json()
+    assert tokens["text"] == [f"#{i}" for i in tokens["ids"]]
+
+
+def test_find_by_text_token_and_key(client, stores):
+    record = stores["topk"].sample(1)
+    token = int(record["tokens"][5])
+    found = client.get(f"/stores/topk/find.json?token={token}&order=corpus").json()
+    expected = [
+        (s, p)
+        for s in range(len(stores["topk"]))
+        for p in np.flatnonzero(stores["topk"].sample(s)["tokens"] == token).tolist()
+    ]
+    assert [(r["sample"], r["position"]) for r in found["results"]] == expected
+    text = TABLE.text([token])
+    places = {
+        (s, p)
+        for s in range(len(stores["topk"]))
+        for p, t in enumerate(stores["topk"].sample(s)["tokens"].tolist())
+        if TABLE.text([t]).startswith(text)
+    }
+    by_text = client.get("/stores/topk/find.json", params={"text": text}).json()["results"]
+    assert {(r["sample"], r["position"]) for r in by_text} == places
+    by_key = client.get("/stores/topk/find.json", params={"key": "#2@"}).json()["results"]
+    assert [r["sample"] for r in by_key] == [2]
+
+
+def test_find_sorts_and_filters_by_measure_and_tells_its_cap(client, stores, monkeypatch):
+    opened = stores["topk"]
+    means = [float(opened.sample(s)["entropy"].astype(float).mean()) for s in range(len(opened))]
+    told = client.get("/stores/topk/find.json?measure=entropy").json()
+    assert [r["sample"] for r in told["results"]] == np.argsort(means)[::-1].tolist()
+    assert not told["partial"]
+    middle = sorted(means)[2]
+    some = client.get(f"/stores/topk/find.json?measure=entropy&least={middle - 1e-4}").json()
+    assert sorted(r["sample"] for r in some["results"]) == [
+        s for s, mean in enumerate(means) if mean >= middle - 1e-4
+    ]
+    wrong = client.get("/stores/topk/find.json?measure=label_logprob").json()["results"]
+    assert [r["value"] for r in wrong] == sorted(r["value"] for r in wrong)
+    monkeypatch.setattr(find_module, "MAX_CHUNKS", 1)
+    capped = client.get("/stores/topk/find.json?measure=entropy").json()
+    assert (capped["partial"], capped["chunks_looked_at"], capped["next_skip"]) == (True, 1, 1)
+    assert "Look at the next chunks" in client.get("/stores/topk/find?measure=entropy").text
+
+
+def _log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z.astype(float)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def test_compare_is_exact_for_dense_and_a_lower_bound_for_topk(client, stores):
+    p = _log_softmax(stores["dense"].sample(1)["logits"])
+    q = _log_softmax(stores["other"].sample(1)["logits"])
+    m = np.log((np.exp(p) + np.exp(q)) / 2)
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    js = ((np.exp(p) * (p - m)).sum(-1) + (np.exp(q) * (q - m)).sum(-1)) / 2
+    told = client.get("/compare/samples/1.json?a=dense&b=other&order=position").json()
+    assert told["exact"]
+    assert [r["kl"] for r in told["rows"]] == pytest.approx(kl.tolist(), rel=1e-4, abs=1e-6)
+    assert [r["js"] for r in told["rows"]] == pytest.approx(js.tolist(), rel=1e-4, abs=1e-6)
+    agree = (p.argmax(-1) == q.argmax(-1)).astype(float)
+    assert [r["agree"] for r in told["rows"]] == agree.tolist()
+    tops = zip(np.argsort(-p)[:, :10].tolist(), np.argsort(-q)[:, :10].tolist(), strict=True)
+    assert [r["overlap"] for r in told["rows"]] == pytest.approx(
+        [len(set(a) & set(b)) / 10 for a, b in tops]
+    )
+    bound = client.get("/compare/samples/1.json?a=topk&b=other-topk&order=position").json()
+    assert not bound["exact"]
+    for row, most, most_js in zip(bound["rows"], kl, js, strict=True):
+        assert row["kl"] is None or 0 <= row["kl"] <= most + 2e-3
+        assert row["js"] is None or 0 <= row["js"] <= most_js + 2e-3
+    ordered = client.get("/compare/samples/1.json?a=dense&b=other").json()["rows"]
+    assert [r["kl"] for r in ordered] == sorted((r["kl"] for r in ordered), reverse=True)
+    whole = client.get("/compare.json?a=dense&b=other").json()["result"]
+    assert whole["means"]["kl"] > 0
+    assert not whole["partial"]
+
+
+def test_compare_tells_what_fewer_ids_lose(client, stores):
+    told = client.get("/compare/samples/1.json?a=dense&b=topk&order=position").json()["rows"]
+    p = np.exp(_log_softmax(stores["dense"].sample(1)["logits"]))
+    record = stores["topk"].sample(1)
+    for row in told:
+        kept = set(record["ids"][row["position"]].tolist()) | {labels(record)[row["position"]]}
+        outside = 1 - sum(p[row["position"], i] for i in kept if i >= 0)
+        assert row["missed"] == pytest.approx(outside, abs=1e-5)
+
+
+def test_compare_refuses_other_tokenizers(client):
+    answer = client.get("/compare.json", params={"a": "topk", "b": HOSTILE_NAME})
+    assert (answer.status_code, answer.json()["kind"]) == (422, "tokenizer-mismatch")
+
+
+def test_a_shared_viewer_never_tells_where_stores_are(stores, folder, tmp_path):
+    place = push(tmp_path / "st", "topk:8")
+    opened = store.open(place)
+    (place / "shards" / opened.shards[0].object).unlink()
+    app = Starlette(routes=viewer_routes({**stores, "st": opened}))
+    shared = TestClient(app)
+    for path in (
+        "/",
+        "/stores/topk/overview",
+        "/stores/topk/samples/0",
+        "/stores/topk/samples/0.json",
+        f"/stores/topk/shards/{stores['topk'].shards[0].shard}",
+        "/stores/st/samples/0",
+        "/stores/st/samples/0.json",
+    ):
+        text = shared.get(path).text
+        assert str(folder) not in text
+        assert str(tmp_path) not in text
+    assert "/v1/stores/topk" in shared.get("/stores/topk/samples/0").text
+
+
+def test_classification_samples_show_class_names(tmp_path):
+    import logitstore
+
+    with logitstore.writer(
+        tmp_path / "st",
+        signal="dense",
+        vocab_size=3,
+        sample_kind="classification",
+        configuration={"classes": ["cat", "<b>dog</b>", "owl"]},
+    ) as writer:
+        writer.add(2, np.array([0.0, 2.0, 1.0], np.float32))
+    with store.open(tmp_path / "st") as opened:
+        client = TestClient(viewer_app({"st": opened}))
+        told = client.get("/stores/st/samples/0/kept.json").json()["positions"][0]
+        assert [e["id"] for e in told["entries"]] == [1, 2, 0]
+        assert told["label"]["id"] == 2
+        assert client.get("/stores/st/samples/0").status_code == 200
+        assert client.get("/stores/st/overview").status_code == 200
+
+
+def test_vendored_files_are_those_of_the_manifest():
+    manifest = json.loads((STATIC / "vendor" / "manifest.json").read_text(encoding="utf-8"))
+    listed = {}
+    for package in manifest.values():
+        assert package["version"]
+        assert package["licence"]
+        listed.update(package["files"])
+    found = {
+        str(f.relative_to(STATIC / "vendor")): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in (STATIC / "vendor").rglob("*")
+        if f.is_file() and f.name != "manifest.json"
+    }
+    assert found == listed
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b" the", "·the"),
+        (b"\n\n", "⏎⏎"),
+        (b"\t\x00\x7f", "⇥␀␡"),
+        (b"\xe2\x82", "‹E2 82›"),
+        (b"a\xffb", "a‹FF›b"),
+        ("\u202e\u200b\u00a0".encode(), "‹U+202E›‹U+200B›‹U+00A0›"),
+        ("\u0301".encode(), "◌\u0301"),
+        ("שלום €".encode(), "שלום·€"),
+    ],
+)
+def test_every_character_has_a_glyph(data, shown):
+    assert visible(data) == shown
+
+
+def test_long_tokens_are_cut_and_counted():
+    text = visible(b"W" * 10_240)
+    assert len(text) < 80
+    assert text.endswith("…(10,240 bytes)")
+    assert visible("é".encode() * 48) == "é" * 48
+    assert token_glyphs(HOSTILE_TABLE)(5).kind == "partial"
+    assert token_glyphs(HOSTILE_TABLE)(VOCAB + 5) == ("#45", "id")
