@@ -16,7 +16,16 @@ import click
 
 from logitstore_cli.output import Output
 
-__all__ = ["DOCS", "HELP_FLAGS", "Command", "command", "json_option", "shared_options"]
+__all__ = [
+    "DOCS",
+    "HELP_FLAGS",
+    "Command",
+    "Group",
+    "command",
+    "group",
+    "json_option",
+    "shared_options",
+]
 
 DOCS = "docs/commands.md"
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
@@ -46,6 +55,21 @@ class Command(click.Command):
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         write_example(formatter, self.example)
         super().format_help(ctx, formatter)
+        # A subcommand is described where its group is.
+        group = ctx.parent.command if ctx.parent is not None else None
+        write_docs(formatter, (group if isinstance(group, Group) else self).name or "")
+
+
+class Group(click.Group):
+    """A command with subcommands, whose help has the form of every command's."""
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        super().__init__(*args, **{"context_settings": HELP_FLAGS, **kwargs})
+        self.example = example
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        write_example(formatter, self.example)
+        super().format_help(ctx, formatter)
         write_docs(formatter, self.name or "")
 
 
@@ -54,6 +78,15 @@ def command(name: str, *, example: str, **kwargs: Any) -> Callable[[Callable[...
 
     def decorate(function: Callable[..., Any]) -> Command:
         return click.command(name, cls=Command, example=example, **kwargs)(shared_options(function))
+
+    return decorate
+
+
+def group(name: str, *, example: str, **kwargs: Any) -> Callable[[Callable[..., Any]], Group]:
+    """Make a function a command with subcommands; they join it with `add_command`."""
+
+    def decorate(function: Callable[..., Any]) -> Group:
+        return click.group(name, cls=Group, example=example, **kwargs)(shared_options(function))
 
     return decorate
 

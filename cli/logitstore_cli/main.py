@@ -28,6 +28,8 @@ COMMANDS = {
     "stats": "Print what a store holds and what it costs per token.",
     "view": "Show stores in the browser, token by token.",
     "serve": "Serve stores over HTTP, read-only.",
+    "keys": "Create, list and revoke keys of the service.",
+    "config": "Show the service's settings as they take effect.",
     "verify": "Check a store's documents and objects against their checksums.",
     "seal": "Close a finished store and write its index.",
     "gc": "Remove objects that no commit refers to.",

@@ -35,6 +35,10 @@ def block_rows(vocab_size: int) -> int:
     return max(16, BLOCK_BYTES // (4 * vocab_size))
 
 
+# What `TeacherOptions.dtype` may be.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
     """How a teacher is run.
@@ -49,6 +53,17 @@ class TeacherOptions:
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Raises: UsageError bad-argument for a dtype of no such name, whatever the teacher."""
+        if self.dtype not in DTYPES:
+            raise UsageError(
+                "bad-argument",
+                "no such dtype",
+                where="--dtype",
+                got=self.dtype,
+                expected=", ".join(DTYPES),
+            )
 
 
 class Teacher(Protocol):

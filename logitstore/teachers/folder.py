@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from logitstore.spec.errors import TeacherError, UsageError
+from logitstore.spec.errors import TeacherError
 from logitstore.teachers.base import TeacherOptions
 
 __all__ = ["dtype_of", "folder_of", "weights_sha256"]
@@ -17,18 +17,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def dtype_of(options: TeacherOptions, device: str) -> Any:
-    """The dtype of the forward pass, as `from_pretrained` takes it.
-
-    Raises: UsageError bad-argument.
-    """
-    if options.dtype not in ("auto", *_DTYPES):
-        raise UsageError(
-            "bad-argument",
-            "no such dtype",
-            where="--dtype",
-            got=options.dtype,
-            expected="auto, " + ", ".join(_DTYPES),
-        )
+    """The dtype of the forward pass, as `from_pretrained` takes it."""
     return _DTYPES.get(options.dtype, torch.float32 if device == "cpu" else "auto")
 
 
