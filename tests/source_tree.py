@@ -15,7 +15,7 @@ ROOTS = {
 }
 
 # The packages of the library that read, verify and serve without torch.
-WITHOUT_TORCH = ["spec", "record", "containers", "store"]
+WITHOUT_TORCH = ["spec", "record", "display", "containers", "store"]
 
 
 @dataclass(frozen=True)

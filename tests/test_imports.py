@@ -23,8 +23,9 @@ BELOW_DATA = [*WITHOUT_TORCH, "targets", "losses", "signals"]
 MAY_IMPORT = {
     "spec": [],
     "record": ["spec"],
+    "display": ["spec", "record"],
     "containers": ["spec", "record"],
-    "store": ["spec", "record", "containers"],
+    "store": ["spec", "record", "display", "containers"],
     "targets": ["spec", "record"],
     "losses": ["spec", "record", "targets"],
     "signals": ["spec", "record"],

@@ -13,11 +13,11 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from logitstore import store
+from logitstore.display.glyphs import token_glyphs, visible
 from logitstore.record.sequences import has_label, labels
 from logitstore_cli.commands.stats import summary
 from logitstore_server.viewer import find as find_module
 from logitstore_server.viewer import viewer_app, viewer_routes
-from logitstore_server.viewer.glyphs import token_glyphs, visible
 from logitstore_server.viewer.routes import SECURITY_HEADERS, STATIC
 from tests.viewer.viewed import HOSTILE_TABLE, TABLE, VOCAB, push
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.display.entries import Entries
 from logitstore.spec.errors import AlignmentError, LogitstoreError, NotFoundError, UsageError
-from logitstore_server.viewer.entries import Entries
 from logitstore_server.viewer.sample_page import ViewedSample, number
 from logitstore_server.viewer.viewed_store import ViewedStore
 

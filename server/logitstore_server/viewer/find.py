@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.display.entries import SampleEntries
+from logitstore.display.glyphs import visible
+from logitstore.display.measures import MEASURES, measure_sample
 from logitstore.record import Record
 from logitstore.spec.errors import LogitstoreError, UsageError
-from logitstore_server.viewer.entries import SampleEntries
-from logitstore_server.viewer.glyphs import visible
-from logitstore_server.viewer.measures import MEASURES, measure_sample
 from logitstore_server.viewer.sample_page import number
 from logitstore_server.viewer.viewed_store import ViewedStore
 

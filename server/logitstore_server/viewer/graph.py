@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from logitstore.display.glyphs import Glyphs
 from logitstore.record import Record
 from logitstore.spec.header import Header
-from logitstore_server.viewer.glyphs import Glyphs
 
 __all__ = ["graph_view"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from logitstore.display.entries import EXPLAINED, Entries, SampleEntries
+from logitstore.display.measures import MEASURES, Measured, measure_sample
 from logitstore.record.sequences import IGNORE
 from logitstore.spec.errors import UsageError
-from logitstore_server.viewer.entries import EXPLAINED, Entries, SampleEntries
 from logitstore_server.viewer.graph import graph_view
-from logitstore_server.viewer.measures import MEASURES, Measured, measure_sample
 from logitstore_server.viewer.viewed_store import ViewedStore
 
 __all__ = ["MAX_TOKENS", "ViewedSample", "number"]

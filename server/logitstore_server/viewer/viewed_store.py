@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from logitstore.display.glyphs import Glyphs, class_glyphs, number_glyphs, token_glyphs
 from logitstore.record import Record
 from logitstore.spec.errors import LogitstoreError
 from logitstore.spec.statistics import Statistics
 from logitstore.spec.tokenizer_table import TokenizerTable
 from logitstore.store import Store
-from logitstore_server.viewer.glyphs import Glyphs, class_glyphs, number_glyphs, token_glyphs
 
 __all__ = ["ShardState", "ViewedStore"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.display.entries import SampleEntries, log_softmax
 from logitstore.record import Record
 from logitstore.record.sequences import IGNORE, has_label, labels
 from logitstore.spec.header import Header
-from logitstore_server.viewer.entries import SampleEntries, log_softmax
 
 __all__ = ["MEASURES", "Measured", "Scale", "measure_sample"]
 
