@@ -227,7 +227,7 @@ def idx(array: np.ndarray) -> bytes:
 
 def test_formats_of_arrays_give_the_same_store(arrays):
     np.savez(arrays / "digits.npz", inputs=IMAGES, y=DIGITS.target)
-    (arrays / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES)))
+    (arrays / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(IMAGES), mtime=0))
     (arrays / "train-labels-idx1-ubyte").write_bytes(idx(DIGITS.target))
     halves = [str(arrays / f"half{i}.npy") for i in range(2)]
     for name, half in zip(halves, np.array_split(IMAGES, 2), strict=True):
@@ -364,7 +364,7 @@ def test_what_cannot_work_has_a_kind_and_writes_nothing(
         ("a-ubyte", b"\0\0\x08\x01\0\0\0\2x"),
         ("a-ubyte", b"\0\0\x08\x01\0\0\0\1xy"),
         ("a-ubyte.gz", b"no gzip"),
-        ("a-ubyte.gz", gzip.compress(idx(np.zeros(9)))[:-9]),
+        ("a-ubyte.gz", gzip.compress(idx(np.zeros(9)), mtime=0)[:-9]),
     ],
 )
 def test_a_broken_file_of_arrays_is_named(tmp_path, capsys, name, content):
