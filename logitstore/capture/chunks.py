@@ -16,10 +16,12 @@ from torch import Tensor
 from logitstore.corpora import Example, Sample
 from logitstore.record import Record
 from logitstore.record.random import key_of
-from logitstore.signals import Completion, Encoder
+from logitstore.record.views import VIEW_COLUMNS
+from logitstore.signals import Completion, Encoder, MassCurve
 from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
+from logitstore.spec.statistics import Statistics
 
 __all__ = ["Chunker", "SampleEncoder", "corpus_columns", "sample_record"]
 
@@ -90,6 +92,7 @@ class SampleEncoder:
                 logits_RV,
                 labels_P=self._labels_P[rows],
                 keys_P=self._keys_P[rows],
+        self._curve = MassCurve(header.vocab_size)
                 positions_P=self._positions_P[rows],
                 sample_names=self._names_P[rows],
             )
@@ -108,6 +111,7 @@ class SampleEncoder:
         lengths = np.asarray(self._lengths)
         mask = self._labels_P.numpy() >= 0
         segments = columns.get("segment_ids", np.zeros(len(mask), np.uint16))
+                curve=self._curve,
         columns = self._encoder.complete(columns, Completion(lengths, segments, mask))
         return sample_record(self._header, self._keys, self._lengths, columns)
 
@@ -127,6 +131,10 @@ def sample_record(
     """Samples as a record: `columns` with the names and lengths of samples, in stored types."""
     names = [key.encode() for key in keys]
     every = {
+    def statistics(self) -> Statistics:
+        """What only whole distributions tell, for the commit of the shard that takes the record."""
+        return Statistics(cumulative_mass=self._curve.total())
+
         **columns,
         "sample_lengths": np.asarray(lengths),
         "num_sample_key": np.array([len(name) for name in names]),

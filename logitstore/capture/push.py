@@ -234,7 +234,7 @@ class PushWriter:
             columns=columns,
         )
         work.add(logits_TV.reshape(len(labels_T), -1))
-        self._take(work.record())
+        self._take(work.record(), work.statistics())
 
     def add_scores(
         self, ids: Any, scores: Any, *, label: int | None = None, sample_key: str | None = None
@@ -257,7 +257,7 @@ class PushWriter:
         if self._encoder is not None:
             raise self._wrong_method("add_scores", "add(tokens, logits)")
         self._check_labelled(key, label)
-        self._take(scores_record(self.header, key, ids, scores, label))
+        self._take(scores_record(self.header, key, ids, scores, label), Statistics())
 
     def _next_key(self, sample_key: str | None) -> str:
         if not self._open:
@@ -289,7 +289,7 @@ class PushWriter:
                 hint="decide it for all samples, in writer(...): labelled",
             )
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: Record, beside: Statistics) -> None:
         self._added += 1
         for chunk in self._chunker.add(record):
             self._write(chunk)
@@ -315,6 +315,7 @@ class PushWriter:
         self.num_positions += commit.positions
         self._attempt, self._statistics, self._held = None, [], [0, 0, 0]
 
+        self._statistics.append(beside)
     def close(self) -> None:
         """Commit what is left and end; harmless when closed."""
         if self._open:

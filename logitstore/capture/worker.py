@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from logitstore.capture.chunks import Chunker, encode_samples, sample_encoder
+from logitstore.capture.chunks import Chunker, sample_encoder
 from logitstore.capture.progress import Event
 from logitstore.corpora import (
     ArrayExamples,
@@ -340,21 +340,23 @@ class _ShardWriter:
 
     def _end_batch(self, failure: Exception | None) -> None:
         if failure is None:
-            self._write(self._pending.record())
+            self._write(self._pending.record(), self._pending.statistics())
         else:
             _raise_if_fatal(failure)
             for sample in self._samples:
-                record = self._again(sample)
-                if record is not None:
-                    self._write(record)
+                captured = self._again(sample)
+                if captured is not None:
+                    self._write(*captured)
 
-    def _again(self, sample: AnySample) -> Record | None:
+    def _again(self, sample: AnySample) -> tuple[Record, Statistics] | None:
         """A sample of a failed micro-batch by itself; None when it is quarantined."""
         for _ in range(MAX_TRIES - 1):
             self._report(Event(shard=self._shard, retries=1))
-            blocks = self._guarded(self._work.blocks([sample]))
+            work = sample_encoder(self._encoder, self._header, [sample])
             try:
-                return encode_samples(self._encoder, self._header, [sample], blocks)
+                for block in self._guarded(self._work.blocks([sample])):
+                    work.add(block)
+                return work.record(), work.statistics()
             except Exception as error:
                 _raise_if_fatal(error)
                 failure = error
@@ -363,8 +365,9 @@ class _ShardWriter:
         self._quarantined.append(Quarantined(sample_key=sample.key, reason=reason[:500]))
         return None
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: Record, beside: Statistics) -> None:
         self._captured += record.num_samples
+        self._statistics.append(beside)
         self._add(self._chunker.add(record))
         self._report(Event(shard=self._shard, tokens=record.num_positions))
 

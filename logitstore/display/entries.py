@@ -62,6 +62,15 @@ class Entries:
     top1: int | None = None
     always: dict[int, float] = field(default_factory=dict)
 
+    def cumulative_mass(self) -> NDArray[np.float64] | None:
+        """float64 [k]: mass of the 1, 2, ..., k most probable ids, as far as the record tells.
+
+        None where ranks are not known: drawn ids, and scores.
+        """
+        if not self.ranked or self.outside_kind == "undefined":
+            return None
+        return np.minimum(self.values[: self.ranked].cumsum(), 1.0)
+
 
 class SampleEntries:
     """Entries of any position of one sample."""

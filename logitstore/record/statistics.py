@@ -4,6 +4,7 @@ order."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -145,11 +146,36 @@ def _add_reliability(a: Reliability | None, b: Reliability) -> Reliability:
 def _add_mass(a: CumulativeMass | None, b: CumulativeMass) -> CumulativeMass:
     if a is None:
         return b
+    # Writers of other versions may have chosen other ranks: what both tell can be added.
+    ks = tuple(k for k in a.ks if k in set(b.ks))
+    one, other = _at_ranks(a, ks), _at_ranks(b, ks)
     return CumulativeMass(
         positions=a.positions + b.positions,
-        ks=a.ks,
-        mass=_sum(a.mass, b.mass),
-        reach={level: _sum(counts, b.reach[level]) for level, counts in a.reach.items()},
+        ks=ks,
+        mass=_sum(one.mass, other.mass),
+        reach={
+            level: _sum(counts, other.reach[level])
+            for level, counts in one.reach.items()
+            if level in other.reach
+        },
+    )
+
+
+def _at_ranks(found: CumulativeMass, ks: tuple[int, ...]) -> CumulativeMass:
+    """The curve at some of its ranks; a position that reached a level at one left out counts at the
+    next that is kept."""
+    if ks == found.ks:
+        return found
+    kept = [found.ks.index(k) for k in ks]
+    ends = [0, *(i + 1 for i in kept)]
+    return CumulativeMass(
+        positions=found.positions,
+        ks=ks,
+        mass=tuple(found.mass[i] for i in kept),
+        reach={
+            level: tuple(sum(counts[i:j]) for i, j in pairwise(ends))
+            for level, counts in found.reach.items()
+        },
     )
 
 

@@ -6,6 +6,7 @@ from logitstore.signals import sampled as _sampled  # noqa: F401
 from logitstore.signals import threshold as _threshold  # noqa: F401
 from logitstore.signals import topk as _topk  # noqa: F401
 from logitstore.signals.encoder import Completion, Encoder, encoder
+from logitstore.signals.mass import MassCurve
 from logitstore.signals.selection import TopK, exact_topk
 
-__all__ = ["Completion", "Encoder", "TopK", "encoder", "exact_topk"]
+__all__ = ["Completion", "Encoder", "MassCurve", "TopK", "encoder", "exact_topk"]

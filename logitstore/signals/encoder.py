@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitstore.signals.mass import MassCurve, taken
 from logitstore.spec.errors import TeacherError, UsageError
 from logitstore.spec.header import Header
 from logitstore.spec.schema import Schema
@@ -157,6 +158,7 @@ class Encoder:
         keys_P: Tensor,
         positions_P: Tensor,
         sample_names: Sequence[str] | None = None,
+        curve: MassCurve | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Columns of P positions as numpy arrays in the schema's dtypes.
 
@@ -167,6 +169,7 @@ class Encoder:
             keys_P: int64 [P], key of the position's sample (`record.random.key_of`, as signed).
             positions_P: int64 [P], index of the position inside its sample.
             sample_names: P names used in error messages.
+            curve: takes its share of the positions.
 
         Raises: TeacherError teacher-nonfinite, teacher-shape.
         """
@@ -181,6 +184,7 @@ class Encoder:
         device = logits_PV.device
         budget = self._CHUNK_BYTES.get(device.type, self._CHUNK_BYTES_ACCELERATOR)
         step = max(1, budget // (4 * width))
+        chosen = None if curve is None else taken(keys_P.cpu().numpy(), positions_P.cpu().numpy())
         labels_P, keys_P, positions_P = (t.to(device) for t in (labels_P, keys_P, positions_P))
         parts: list[dict[str, Tensor]] = []
         for start in range(0, num_positions, step):
@@ -205,6 +209,8 @@ class Encoder:
             )
             columns = self._scalars(rows, shifted, total)
             columns.update(self._signal.columns(rows))
+            if curve is not None and chosen is not None:
+                curve.add(exp_z, chosen[start:stop])
             parts.append({n: t for n, t in columns.items() if n in self._wanted})
         return {name: self._numpy(name, [p[name] for p in parts]) for name in parts[0]}
 

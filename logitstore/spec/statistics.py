@@ -57,11 +57,11 @@ class Reliability(Strict):
 
 
 class CumulativeMass(Strict):
-    """Teacher mass of the k most probable ids, averaged over a fixed 1/64 of positions.
+    """Teacher mass of the k most probable ids, summed over a fixed 1/64 of positions.
 
     Attributes:
         positions: how many positions were used.
-        ks: the k values.
+        ks: the k values, ascending.
         mass: sum over positions of the mass of the k most probable ids, one per k.
         reach: for each of the mass levels 0.90, 0.95, 0.99, how many positions reach it at each k
             first.
@@ -71,6 +71,13 @@ class CumulativeMass(Strict):
     ks: tuple[Annotated[int, Field(ge=1)], ...]
     mass: tuple[float, ...]
     reach: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _same_ranks(self) -> CumulativeMass:
+        lengths = {len(self.ks), len(self.mass), *map(len, self.reach.values())}
+        if len(lengths) != 1 or list(self.ks) != sorted(set(self.ks)):
+            raise ValueError("ks must ascend, and every list have one value for each")
+        return self
 
 
 class Statistics(Strict):

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from logitstore import store
 from logitstore.display.glyphs import token_glyphs, visible
+from logitstore.record.random import bits, key_of
 from logitstore.record.sequences import has_label, labels
 from logitstore_cli.commands.stats import summary
 from logitstore_server.viewer import find as find_module
@@ -182,6 +183,49 @@ def test_kept_ids_of_topk_and_the_mass_outside(client, stores):
             assert marked == ([label] if label in record["ids"][p] else [])
         else:
             assert told["label"] is None
+
+
+def test_cumulative_mass_per_position_equals_the_logits(client, stores):
+    p = np.exp(_log_softmax(stores["dense"].sample(3)["logits"]))
+    mass = (-np.sort(-p)).cumsum(-1)
+    for name, ranked in (("dense", VOCAB), ("topk", 8)):
+        for told in client.get(f"/stores/{name}/samples/3/kept.json").json()["positions"]:
+            exact = mass[told["position"]][:ranked]
+            assert told["mass"]["ks"][-1] == told["mass"]["ranked"] == ranked
+            assert told["mass"]["mass"] == pytest.approx(
+                [exact[k - 1] for k in told["mass"]["ks"]], abs=2e-3
+            )
+            for level, needed in told["mass"]["needed"].items():
+                if abs(exact - float(level)).min() > 2e-3:
+                    reached = np.flatnonzero(exact >= float(level))
+                    assert needed == (int(reached[0]) + 1 if len(reached) else None)
+    for told in client.get("/stores/threshold/samples/3/kept.json").json()["positions"]:
+        if told["mass"] is not None:
+            exact = mass[told["position"]][[k - 1 for k in told["mass"]["ks"]]]
+            assert told["mass"]["mass"] == pytest.approx(exact, abs=0.02)
+    drawn = client.get("/stores/sampled/samples/3/kept.json").json()["positions"]
+    assert all(told["mass"] is None for told in drawn)
+
+
+def test_the_overview_tells_how_many_ids_hold_which_mass(client, stores):
+    """The curve of the statistics, and the ranks read from it."""
+    told = client.get("/stores/dense/overview.json").json()["cumulative_mass"]
+    held = stores["dense"].statistics().cumulative_mass
+    assert held is not None
+    rows = []
+    for number in range(len(stores["dense"])):
+        record = stores["dense"].sample(number)
+        keys = np.full(record.num_positions, key_of(record.sample_keys()[0]), np.uint64)
+        chosen = bits(0x6D617373, keys, np.arange(len(keys)), 0) % np.uint64(64) == 0
+        rows.append(np.exp(_log_softmax(record["logits"][chosen])))
+    mass = (-np.sort(-np.concatenate(rows))).cumsum(-1)
+    assert told["positions"] == len(mass) == held.positions > 0
+    at = mass[:, [k - 1 for k in told["ks"]]]
+    assert told["mass"] == pytest.approx(at.mean(0), abs=1e-6)
+    for level in told["levels"]:
+        needed = [told["ks"][int((row >= float(level["level"]) - 1e-9).argmax())] for row in at]
+        assert level["half"] == sorted(needed)[(len(needed) + 1) // 2 - 1]
+        assert level["mean"] == told["ks"][int((at.mean(0) >= float(level["level"])).argmax())]
 
 
 def test_kept_ids_of_drawn_signals(client, stores):

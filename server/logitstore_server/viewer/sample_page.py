@@ -22,6 +22,9 @@ MAX_POSITIONS = 256
 # Ids of a position that one answer lists unless asked for more, and the most it ever lists.
 TOP_SHOWN = 16
 MAX_TOP = 1024
+# Of a position's cumulative mass: where the curve is told, and the masses whose ids are counted.
+MASS_RANKS = tuple(sorted({*(1 << n for n in range(20)), *(3 << n for n in range(18))}))
+MASS_LEVELS = (0.9, 0.95, 0.99)
 # Rows of the table on the page.
 TABLE_ROWS = 32
 
@@ -156,6 +159,7 @@ class ViewedSample:
                 "kept": 0,
                 "heads": None,
                 "label": self._label(label),
+                "mass": None,
                 "outside": None,
                 "always": [],
             }
@@ -181,6 +185,7 @@ class ViewedSample:
             "kept": len(entries.ids),
             "heads": entries.num_heads,
             "label": self._label(entries),
+            "mass": _mass(entries),
             "outside": {
                 "mass": None if entries.outside is None else number(entries.outside),
                 "kind": entries.outside_kind,
@@ -233,6 +238,26 @@ class ViewedSample:
     def _segments(self) -> int:
         segments = self.record.get("segment_ids")
         return 1 if segments is None or not len(segments) else len(np.unique(segments))
+
+
+def _mass(entries: Entries) -> dict[str, Any] | None:
+    """The cumulative-mass curve at `MASS_RANKS`, and how many ids hold 90, 95 and 99 %: None where
+    more are needed than the record ranks."""
+    mass = entries.cumulative_mass()
+    if mass is None:
+        return None
+    ks = [k for k in MASS_RANKS if k < len(mass)] + [len(mass)]
+    needed = {}
+    for level in MASS_LEVELS:
+        # What is stored is rounded; the last of all ids makes it whole.
+        reached = np.flatnonzero(mass >= level - 1e-6)
+        needed[f"{level:.2f}"] = int(reached[0]) + 1 if len(reached) else None
+    return {
+        "ks": ks,
+        "mass": [number(mass[k - 1]) for k in ks],
+        "needed": needed,
+        "ranked": len(mass),
+    }
 
 
 def _label_only(known: dict[str, Any]) -> Entries:

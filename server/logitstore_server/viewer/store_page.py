@@ -15,6 +15,9 @@ __all__ = ["SHARDS_SHOWN", "overview", "provenance", "shard_page"]
 SHARDS_SHOWN = 100
 CHUNKS_SHOWN = 256
 
+# Of the cumulative mass; names in its statistics.
+MASS_LEVELS = ("0.90", "0.95", "0.99")
+
 # measure -> title, and what the horizontal axis says
 _TITLES = {
     "entropy": ("Entropy", "nats"),
@@ -307,19 +310,24 @@ def _reliability(found: Reliability | None) -> dict[str, Any] | None:
 
 
 def _mass(found: CumulativeMass | None) -> dict[str, Any] | None:
-    """Mean mass of the k most probable ids; for each level, the k that half and that nine tenths of
-    the positions need."""
+    """Mean mass of the k most probable ids; for each level, the least k of the curve whose mean
+    mass reaches it, and those that half and nine tenths of the positions need."""
     if found is None or not found.positions:
         return None
     levels = []
-    for level, counts in sorted(found.reach.items()):
+    for level in (name for name in MASS_LEVELS if name in found.reach):
+        counts = found.reach[level]
         reached, needed = 0, {}
         for k, count in zip(found.ks, counts, strict=True):
             reached += count
             for share in (0.5, 0.9):
                 if share not in needed and reached >= share * found.positions:
                     needed[share] = k
-        levels.append({"level": level, "half": needed.get(0.5), "most": needed.get(0.9)})
+        ends = zip(found.ks, found.mass, strict=True)
+        mean = next((k for k, mass in ends if mass >= float(level) * found.positions), None)
+        levels.append(
+            {"level": level, "mean": mean, "half": needed.get(0.5), "most": needed.get(0.9)}
+        )
     return {
         "positions": found.positions,
         "ks": list(found.ks),
