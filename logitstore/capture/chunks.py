@@ -16,7 +16,6 @@ from torch import Tensor
 from logitstore.corpora import Example, Sample
 from logitstore.record import Record
 from logitstore.record.random import key_of
-from logitstore.record.views import VIEW_COLUMNS
 from logitstore.signals import Completion, Encoder, MassCurve
 from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import Header
