@@ -46,11 +46,13 @@ class IndependentStore:
         self.header, header_sha256 = document(folder / "store.json")
         assert self.header["format"] == "logitstore"
         assert self.header["format_version"] == 1
-        assert set(self.header["reader_features"]) <= {"pairs"}
+        assert set(self.header["reader_features"]) <= {"pairs", "rank-ids"}
         configuration = hashlib.sha256(canonical(self.header["configuration"])).hexdigest()
         assert configuration == self.header["configuration_sha256"]
         for table in self.header["tables"]:
             data = (folder / "tables" / table["name"]).read_bytes()
+            if table["name"] == "id-ranks.u32":
+                self.id_of_rank = np.frombuffer(data, "<u4")
             assert len(data) == table["bytes"]
             assert hashlib.sha256(data).hexdigest() == table["sha256"]
         self.plans = [self._plan(path) for path in sorted((folder / "plans").iterdir())]
@@ -145,6 +147,7 @@ class IndependentStore:
                 used[group["name"]] = int(arrays[f"num_{group['pairs']}"][number])
                 pairs = arrays[group["pairs"]][number][: used[group["name"]]]
                 id_of, position = np.divmod(pairs, positions)
+                id_of = self._ids(group["id_column"], id_of)
                 order[group["name"]] = np.lexsort((id_of, position))
                 columns[group["id_column"]] = id_of[order[group["name"]]]
                 counts = np.bincount(position.astype(np.int64), minlength=row["positions"])
@@ -157,9 +160,16 @@ class IndependentStore:
                 name = column["name"]
                 if name not in columns:
                     values = arrays[name][number][: used[column["axis"]]]
-                    columns[name] = values[order.get(column["axis"], slice(None))]
+                    columns[name] = self._ids(name, values[order.get(column["axis"], slice(None))])
             chunks.append(columns)
         return chunks
+
+    def _ids(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Section 9: ids of what may be ranks."""
+        ranked = "rank-ids" in self.header["reader_features"]
+        if not ranked or name not in ("ids", "head_ids", "tail_ids"):
+            return values
+        return self.id_of_rank[values]
 
     def _arrow(self, path: Path, data: bytes, rows: list[dict[str, Any]]) -> list[Columns]:
         """Section 7.2."""

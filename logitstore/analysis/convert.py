@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from logitstore.containers.ranked import IdRanks, count_ids, uses_ranks
 from logitstore.record import Record
 from logitstore.record.new_header import new_header, now
 from logitstore.record.schema import aux_fields
@@ -25,6 +26,7 @@ from logitstore.record.threshold import decode_threshold
 from logitstore.record.topk import narrow_topk
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import Header
+from logitstore.spec.id_ranks import RANKS_TABLE
 from logitstore.spec.plan import Plan, plan_fingerprint
 from logitstore.spec.signals import (
     DenseSpec,
@@ -37,6 +39,9 @@ from logitstore.store import Store, StoreWriter, create
 from logitstore.store import open as open_store
 
 __all__ = ["Converted", "convert"]
+
+# More say nothing new of how frequent ids are.
+_COUNTED_CHUNKS = 64
 
 Columns = dict[str, NDArray[Any]]
 Transform = Callable[[Record], Columns]
@@ -66,6 +71,7 @@ def convert(
     *,
     signal: str | None = None,
     container: Literal["zarr", "arrow"] | None = None,
+    rank_ids: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Converted:
     """Copy a store with another signal or container. Interrupted, the same call goes on.
@@ -75,6 +81,8 @@ def convert(
             the same conversion of the same source.
         signal: such as "topk:32"; None keeps the source's.
         container: "zarr" or "arrow"; None keeps the source's.
+        rank_ids: keep frequency ranks for ids, by how often the copy holds each; False: the ids
+            themselves; None: as the source, where the copy's signal and container can.
         progress: called with the name of each shard once it is written.
 
     Raises: UsageError conversion-refused (with the reason), unknown-signal; what opening and
@@ -85,8 +93,15 @@ def convert(
         old = store.header
         spec = old.signal if signal is None else parse_signal(signal)
         transform = _transform(old, spec)
-        header = _header(store, spec, container or old.container)
+        kind = container or old.container
+        if rank_ids is None:
+            can = spec.kind in ("topk", "sampled", "threshold") and kind == "zarr"
+            rank_ids = can and uses_ranks(old)
+        header = _header(store, spec, kind, rank_ids)
         tables = {ref.name: store.table(ref.name) for ref in old.tables}
+        tables.pop(RANKS_TABLE, None)
+        if rank_ids:
+            tables[RANKS_TABLE] = _ranks(store, header, transform).encode()
         with create(target, header, tables) as writer:
             return _copy(store, writer, transform, progress)
 
@@ -98,7 +113,7 @@ def _copy(
     progress: Callable[[str], None] | None,
 ) -> Converted:
     header = writer.header
-    make = _from_dense(header) if isinstance(store.header.signal, DenseSpec) else transform
+    make = _maker(store, header, transform)
     plans = {plan.number: writer.add_plan(_plan(plan, header)) for plan in store.plans()}
     done = writer.committed()
     written = 0
@@ -110,10 +125,7 @@ def _copy(
         with writer.begin(shard.shard, plans[commit.plan]) as attempt:
             for chunk in range(len(commit.chunks)):
                 record = store.read_chunk(index, chunk)
-                copy = Record(
-                    header.schema_,
-                    {c.name: a for c, a in _ordered(header, make(record))},
-                )
+                copy = make(record)
                 attempt.add(copy)
                 parts.append(statistics_of(copy))
             mass = commit.statistics.cumulative_mass
@@ -133,8 +145,33 @@ def _copy(
         )
 
 
-def _ordered(header: Header, columns: Columns) -> list[tuple[Any, NDArray[Any]]]:
-    return [(c, columns[c.name].astype(c.dtype, copy=False)) for c in header.schema_.columns]
+def _maker(store: Store, header: Header, transform: Transform) -> Callable[[Record], Record]:
+    """The function from a source record to the copy's."""
+    columns_of = _from_dense(header) if isinstance(store.header.signal, DenseSpec) else transform
+
+    def make(record: Record) -> Record:
+        columns = columns_of(record)
+        return Record(
+            header.schema_,
+            {c.name: columns[c.name].astype(c.dtype, copy=False) for c in header.schema_.columns},
+        )
+
+    return make
+
+
+def _ranks(store: Store, header: Header, transform: Transform) -> IdRanks:
+    """Ids by how often they stand in evenly spaced chunks of what the copy will hold."""
+    make = _maker(store, header, transform)
+    chunks = [
+        (shard, chunk)
+        for shard in range(len(store.shards))
+        for chunk in range(len(store.commit(shard).chunks))
+    ]
+    counts = np.zeros(header.vocab_size, np.int64)
+    for i in range(min(len(chunks), _COUNTED_CHUNKS)):
+        place = chunks[i * len(chunks) // min(len(chunks), _COUNTED_CHUNKS)]
+        counts += count_ids(make(store.read_chunk(*place)), header.vocab_size)
+    return IdRanks.by_frequency(counts)
 
 
 def _plan(plan: Plan, header: Header) -> Plan:
@@ -150,7 +187,7 @@ def _plan(plan: Plan, header: Header) -> Plan:
     )
 
 
-def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"]) -> Header:
+def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"], rank_ids: bool) -> Header:
     old = store.header
     labelled = old.sample_kind == "sequence" or old.schema_.column("label") is not None
     kept: set[str] | None = set(old.stored_fields)
@@ -169,6 +206,7 @@ def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"]) -> Hea
             },
             "signal": str(spec),
             "container": container,
+            **({"rank_ids": True} if rank_ids else {}),
             "source": old.configuration,
         },
         teacher=old.teacher,
@@ -185,6 +223,7 @@ def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"]) -> Hea
         seed=old.seed,
         tokenizer=old.tokenizer,
         packing=old.packing,
+        rank_ids=rank_ids,
     )
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from logitstore.capture.chunks import Chunker, encode_samples
 from logitstore.capture.worker import is_out_of_memory, micro_batches, one_is_too_large
 from logitstore.containers import container
+from logitstore.containers.ranked import count_ids, uses_ranks
 from logitstore.corpora import Document, Example, Sample, pack
 from logitstore.record import Record
 from logitstore.signals import encoder
@@ -38,6 +40,7 @@ class Pilot:
         chunk_bytes: of all chunks.
         shard_bytes: what an object needs beside its chunks.
         nll: mean -log p of the realised tokens, nats; NaN where there are none.
+        id_counts: int64 [V], how often each id was stored; empty where no ranks are made of them.
     """
 
     tokens: int
@@ -45,6 +48,7 @@ class Pilot:
     chunk_bytes: int
     shard_bytes: int
     nll: float
+    id_counts: NDArray[np.int64]
 
     @property
     def bytes_per_token(self) -> float:
@@ -88,7 +92,16 @@ def run_pilot(
         chunk_bytes=chunk_bytes,
         shard_bytes=file.tell() - chunk_bytes,
         nll=_nll(done, records),
+        id_counts=_id_counts(header, records),
     )
+
+
+def _id_counts(header: Header, records: Sequence[Record]) -> NDArray[np.int64]:
+    """How often each id stands in the records, for a store of ranks."""
+    counts = np.zeros(header.vocab_size if uses_ranks(header) else 0, np.int64)
+    for record in records if len(counts) else ():
+        counts += count_ids(record, header.vocab_size)
+    return counts
 
 
 def _nll(samples: Sequence[Sample | Example], records: Sequence[Record]) -> float:

@@ -232,6 +232,8 @@ class _TextSetup(Setup):
         super().__init__(settings, note)
         self.teacher = load_teacher(settings.teacher, self.options)
         self.header, self.tables = header_for(settings, signal, self.teacher)
+        if settings.rank_ids:
+            self.pilot_tokens = self.dry_run_tokens
 
     def read_corpus(self) -> tuple[Scan, Sizing, list[Document], bool]:
         """Read the whole corpus once and size it; some of its documents; whether BOS is put."""
@@ -320,6 +322,7 @@ def header_for(
         aux=aux,
         lse_at=settings.lse_at,
         always_ids=settings.always_ids,
+        rank_ids=settings.rank_ids,
         chunk_positions=settings.chunk_capacity,
         seed=settings.seed,
         tokenizer=tokenizer_info,

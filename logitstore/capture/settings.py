@@ -21,6 +21,7 @@ _OPTIONS_OF: dict[Task, dict[str, Any]] = {
         "bos": "auto",
         "check_bos": True,
         "batch_tokens": 2048,
+        "rank_ids": False,
     },
     "classification": {
         "labels": (),
@@ -54,6 +55,7 @@ class CaptureSettings:
             document.
         check_bos: refuse a capture for which the other BOS choice is ten times better.
         container: "zarr" or "arrow".
+        rank_ids: keep frequency ranks for ids, ordered by what the pilot would have stored.
         chunk_positions: positions of a chunk; None: 2048, or `seq_len` when that is larger.
         batch_tokens: tokens of a micro-batch.
         labels: files of labels beside files of arrays, in the same order.
@@ -86,6 +88,7 @@ class CaptureSettings:
     bos: Literal["auto", "document", "none"] = "auto"
     check_bos: bool = True
     container: Literal["zarr", "arrow"] = "zarr"
+    rank_ids: bool = False
     chunk_positions: int | None = None
     batch_tokens: int = 2048
     labels: tuple[str, ...] = ()
@@ -194,6 +197,7 @@ class CaptureSettings:
             }
         return {
             **common,
+            **({"rank_ids": True} if self.rank_ids else {}),
             "packing": {
                 "seq_len": self.seq_len,
                 "text_key": self.text_key,

@@ -19,9 +19,11 @@ from logitstore.capture.planning import make_plan
 from logitstore.capture.progress import ProgressMeter
 from logitstore.capture.settings import CaptureSettings
 from logitstore.capture.worker import Source, Work, capture_shards
+from logitstore.containers.ranked import IdRanks, uses_ranks
 from logitstore.corpora import Unit
 from logitstore.spec.errors import CommitError, NotFoundError, StorageError
 from logitstore.spec.header import Header
+from logitstore.spec.id_ranks import RANKS_TABLE
 from logitstore.spec.plan import CorpusInfo, Plan, ShardPlan
 from logitstore.store import Store, StoreWriter, append, create, parse_location
 from logitstore.store import open as open_store
@@ -101,6 +103,13 @@ class Setup(ABC):
         """Everything before the first shard: pilot, checks, store, plan."""
         look = self.look(self.pilot_tokens)
         self._check_space(look)
+        if uses_ranks(self.header):
+            order = IdRanks.by_frequency(look.pilot.id_counts)
+            self.tables = {**self.tables, RANKS_TABLE: order.encode()}
+            if writer is not None:
+                # A store that was begun and has no plan: its table may be missing still.
+                writer.close()
+                writer = None
         writer = writer or create(self._settings.out, self.header, self.tables)
         plan = writer.add_plan(make_plan(writer.header, look.info, iter(look.units)))
         self._note(

@@ -18,6 +18,7 @@ from logitstore.spec.header import (
     TeacherInfo,
     TokenizerInfo,
 )
+from logitstore.spec.id_ranks import RANKS_FEATURE
 from logitstore.spec.version import __version__
 
 __all__ = ["new_header", "now", "software"]
@@ -52,9 +53,11 @@ def new_header(
     packing: Packing | None = None,
     tables: Iterable[TableRef] = (),
     commit_mode: Literal["create-only", "single-writer"] = "create-only",
+    rank_ids: bool = False,
 ) -> Header:
     """A header with a fresh uuid. `signal` is a spec, `aux` names or None for the signal's
-    defaults; `labelled` says whether classification samples have labels.
+    defaults; `labelled` says whether classification samples have labels; with `rank_ids` the
+    store's objects hold frequency ranks for ids, and it needs the table of them.
 
     Raises: UsageError unknown-signal, unknown-aux, k-exceeds-vocabulary, bad-argument.
     """
@@ -78,9 +81,12 @@ def new_header(
         loss_mask=loss_mask,
         num_always=len(always),
     )
-    has_pairs = any(group.pairs for group in schema.groups)
+    features = ["pairs"] if any(group.pairs for group in schema.groups) else []
+    if rank_ids:
+        _check_ranks(signal, container)
+        features.append(RANKS_FEATURE)
     return Header(
-        reader_features=("pairs",) if has_pairs else (),
+        reader_features=tuple(features),
         store_uuid=uuid.uuid4().hex,
         created=now(),
         writer=software(),
@@ -101,4 +107,17 @@ def new_header(
         tables=tuple(tables),
         configuration=dict(configuration),
         configuration_sha256=sha256_hex(canonical_json(dict(configuration))),
+    )
+
+
+def _check_ranks(signal: Any, container: str) -> None:
+    """Ranks pay where lists of ids are compressed."""
+    if signal.kind in ("topk", "sampled", "threshold") and container == "zarr":
+        return
+    raise UsageError(
+        "bad-argument",
+        "frequency ranks make compressed lists of ids smaller, and nothing else",
+        where="rank_ids",
+        got=f"signal {signal} in container {container}",
+        expected="topk, sampled or threshold in container zarr",
     )

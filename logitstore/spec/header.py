@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from logitstore.spec.document import Document, Strict
 from logitstore.spec.errors import FormatError
+from logitstore.spec.id_ranks import RANKS_FEATURE
 from logitstore.spec.schema import Schema
 from logitstore.spec.signals import SignalSpec
 
@@ -26,7 +27,7 @@ __all__ = [
 FORMAT_VERSION = 1
 
 # Features this version can read. A store that needs another one is refused by name.
-READER_FEATURES: frozenset[str] = frozenset({"pairs"})
+READER_FEATURES: frozenset[str] = frozenset({"pairs", RANKS_FEATURE})
 
 # Optional per-position fields, in stored order. `lse_at` is listed by temperature in the header
 # instead.

@@ -11,7 +11,8 @@ from typing import Any, Self
 import numpy as np
 
 from logitstore.containers import container
-from logitstore.containers.protocol import crc32c
+from logitstore.containers.protocol import Container, crc32c
+from logitstore.containers.ranked import ranked
 from logitstore.record.record import Record
 from logitstore.record.statistics import merge
 from logitstore.spec.commit import Commit
@@ -180,7 +181,7 @@ class Store:
         self._index = index
         self._rows = rows
         self._first_sample = _prefix_sums([row.samples for row in rows])
-        self._container = container(header.container)
+        self._container: Container | None = None
         # shard index -> commit and the number of the first sample of each chunk
         self._commits: ProcessLRU[int, _Held] = ProcessLRU(MAX_CACHED_ROWS, _rows_held)
 
@@ -306,6 +307,9 @@ class Store:
         Raises: FormatError chunk-malformed.
         """
         commit = self.commit(shard)
+        if self._container is None:
+            # Now and not when opening: the order of ids, where there is one, is a table.
+            self._container = ranked(container(self.header.container), self.header, self.table)
         return self._container.decode(data, self.header, commit, chunk, columns, verified=True)
 
     def require_cached(self) -> None:

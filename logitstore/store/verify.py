@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from logitstore.containers import container
 from logitstore.containers.protocol import crc32c
+from logitstore.containers.ranked import ranked
 from logitstore.record.statistics import merge
 from logitstore.spec.commit import Commit
 from logitstore.spec.errors import IntegrityError, LogitstoreError
@@ -233,9 +235,11 @@ class _Verifier:
             _check_size(self.backend.size(key), commit, where)
         if problems or not self.report.full:
             return problems
-        kind = container(header.container)
         digest = hashlib.sha256()
         with checking():
+            kind = ranked(
+                container(header.container), header, partial(load_table, self.backend, header)
+            )
             for data, first, rows in object_blocks(self.backend, key, commit):
                 digest.update(data)
                 for number, (start, length) in enumerate(rows, first):

@@ -12,10 +12,12 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from logitstore.containers import container
+from logitstore.containers.ranked import ranked
 from logitstore.record.new_header import now, software
 from logitstore.record.record import Record
 from logitstore.record.statistics import merge
@@ -40,6 +42,7 @@ from logitstore.store.documents import (
     load_index,
     load_plan,
     load_plans,
+    load_table,
     object_key,
     plan_key,
     table_key,
@@ -296,7 +299,7 @@ class ShardAttempt:
         self._header = header
         self._plan = plan
         self._generation = generation
-        kind = container(header.container)
+        kind = ranked(container(header.container), header, partial(load_table, backend, header))
         self._name = f"{shard}.{self.attempt}{kind.suffix}"
         self._object = backend.create_object(object_key(self._name))
         self._writer = kind.writer(self._object.file, header)

@@ -143,6 +143,11 @@ class Separator(click.ParamType[str]):
     help="zarr: small; arrow: fast to read.",
 )
 @click.option(
+    "--rank-ids",
+    is_flag=True,
+    help="Keep frequency ranks for ids, from a longer pilot: 2 to 5 % smaller, reads slower.",
+)
+@click.option(
     "--batch-tokens", type=int, default=2048, show_default=True, help="Of a forward pass."
 )
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
