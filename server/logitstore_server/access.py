@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Access", "access_of"]
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from logitstore_server.problems import ServiceError, send_problem
+
+__all__ = ["PROBE_PATHS", "Access", "Visibility", "access_of", "visible_stores"]
+
+# Answered to anybody, under any host name: they say no more than that the process lives and is
+# ready.
+PROBE_PATHS = frozenset({"/healthz", "/readyz"})
+
+# Names of the stores that the request being answered may see. Whatever looks a store up asks here,
+# so that a page or route that forgets to ask finds nothing.
+visible_stores: ContextVar[frozenset[str]] = ContextVar("visible_stores", default=frozenset())
 
 
 @dataclass(frozen=True)
@@ -36,3 +49,42 @@ def access_of(scope: Mapping[str, Any]) -> Access:
     found = scope["state"]["access"]
     assert isinstance(found, Access)
     return found
+
+
+class Visibility:
+    """ASGI middleware around the application itself: without a decision on access, no answer.
+
+    The decision is `scope["state"]["allowed_stores"]`, put there by whatever checks keys in front.
+
+    Args:
+        undecided: the stores that are visible where nothing in front decided; None refuses.
+    """
+
+    def __init__(self, app: ASGIApp, *, undecided: frozenset[str] | None) -> None:
+        self._app = app
+        self._undecided = undecided
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        allowed = scope.get("state", {}).get("allowed_stores", self._undecided)
+        if allowed is None:
+            if scope["path"] not in PROBE_PATHS:
+                await send_problem(_unguarded(), scope, receive, send)
+                return
+            allowed = ()
+        token = visible_stores.set(frozenset(allowed))
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            visible_stores.reset(token)
+
+
+def _unguarded() -> ServiceError:
+    return ServiceError(
+        "key-invalid",
+        "nothing in front of this application checks keys",
+        expected="secure(create_app(settings), settings), or create_app(settings, unguarded=True)",
+        headers={"WWW-Authenticate": 'Bearer error="invalid_token"'},
+    )

@@ -7,8 +7,7 @@ import math
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from logitstore_server.access import access_of
-from logitstore_server.auth import OPEN_PATHS
+from logitstore_server.access import PROBE_PATHS, access_of
 from logitstore_server.limits import Gate, RateLimit
 from logitstore_server.metrics import REFUSALS
 from logitstore_server.problems import ServiceError, send_problem
@@ -46,7 +45,7 @@ class HostNames:
 
     def _is_ours(self, scope: Scope) -> bool:
         # Probes of an orchestrator come to an address that nobody knows before; they learn nothing.
-        if "*" in self._names or scope["path"] in OPEN_PATHS:
+        if "*" in self._names or scope["path"] in PROBE_PATHS:
             return True
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1:
@@ -66,7 +65,7 @@ class Limits:
         self._rate = RateLimit(per_s, max(1.0, per_s * _RATE_BURST_S)) if per_s else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in PROBE_PATHS:
             await self._app(scope, receive, send)
             return
         client = access_of(scope).client

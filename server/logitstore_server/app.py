@@ -1,9 +1,11 @@
 """The application: which paths there are, and what stands behind them.
 
-    app = create_app(ServerSettings(stores=["demo=/data/demo"]))
+    settings = ServerSettings(stores=["demo=/data/demo"])
+    app = secure(create_app(settings), settings)
 
 It only reads. What it answers follows from the request and the stores alone, so any number of
-worker processes serve the same. Who may ask is decided in front of it.
+worker processes serve the same. Who may ask is decided in front of it; where nothing decides, it
+answers nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from starlette.concurrency import run_in_threadpool
 from logitstore.spec.errors import LogitstoreError
 from logitstore.spec.version import __version__
 from logitstore_server import croissant, files, rows, samples
+from logitstore_server.access import Visibility
+from logitstore_server.pages import add_pages
 from logitstore_server.problems import ServiceError, install
 from logitstore_server.routing import GetRoute, Problem, problems, registry_of
 from logitstore_server.settings import ServerSettings
@@ -55,8 +59,13 @@ class StoreList(BaseModel):
     stores: list[StoreSummary]
 
 
-def create_app(settings: ServerSettings) -> FastAPI:
-    """The application for these settings. Stores are opened when they are first asked for."""
+def create_app(settings: ServerSettings, *, unguarded: bool = False) -> FastAPI:
+    """The application for these settings. Stores are opened when they are first asked for.
+
+    Args:
+        unguarded: answer everybody everything where nothing in front decides who may see what.
+            Otherwise such requests are 401, so that nobody mounts it open by mistake.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,6 +85,8 @@ def create_app(settings: ServerSettings) -> FastAPI:
     app.router.route_class = GetRoute
     app.state.settings = settings
     app.state.registry = Registry(settings.stores)
+    everything = frozenset(entry.name for entry in settings.stores)
+    app.add_middleware(Visibility, undecided=everything if unguarded else None)
     install(app)
     files.add_routes(app)
     samples.add_routes(app)
@@ -85,6 +96,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
     app.get("/healthz", tags=["service"], response_model=Health, responses=problems())(healthz)
     app.get("/readyz", tags=["service"], response_model=Health, responses=problems())(readyz)
     app.get("/v1/openapi.json", tags=["service"], responses=problems())(openapi_document)
+    add_pages(app, app.state.registry, settings)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -96,30 +108,22 @@ async def healthz() -> Health:
 
 async def readyz(request: Request) -> Health:
     """Whether every store can be opened. Before the service stops it says no as well."""
-    registry = registry_of(request)
+    every = registry_of(request).all()
     failed = 0
-    for served in registry:
+    for served in every:
         try:
             await run_in_threadpool(served.opened)
         except LogitstoreError:
             failed += 1
     if failed:
-        raise ServiceError(
-            "store-unavailable", f"{failed} of {len(registry)} stores cannot be opened"
-        )
+        raise ServiceError("store-unavailable", f"{failed} of {len(every)} stores cannot be opened")
     return Health(status="ready")
 
 
 async def stores(request: Request) -> StoreList:
     """The stores that the client may read, in the order of the service's settings."""
-    # Put there by the check of keys; absent where no key is asked for.
-    allowed = request.scope.get("state", {}).get("allowed_stores")
     return StoreList(
-        stores=[
-            await run_in_threadpool(_summary, served)
-            for served in registry_of(request)
-            if allowed is None or served.name in allowed
-        ]
+        stores=[await run_in_threadpool(_summary, served) for served in registry_of(request)]
     )
 
 

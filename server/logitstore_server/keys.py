@@ -165,6 +165,15 @@ class KeyRing:
         same = hmac.compare_digest(_sha256(text), key.sha256 if key else self._nobody)
         return key if key is not None and same and key.state(_now()) == "valid" else None
 
+    def valid(self, key_id: str) -> Key | None:
+        """The key of this id, or None: unknown, expired or revoked.
+
+        Raises: StorageError keys-file, as `find` does.
+        """
+        self.refresh()
+        key = self._keys.get(key_id)
+        return key if key is not None and key.state(_now()) == "valid" else None
+
     def refresh(self) -> None:
         try:
             status = self._file.stat()

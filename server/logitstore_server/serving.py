@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import re
+import secrets
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 
+from pydantic import SecretStr
 from starlette.types import ASGIApp
 from uvicorn import Server
 from uvicorn.supervisors import Multiprocess
@@ -26,6 +30,7 @@ from logitstore_server.settings import ServerSettings
 __all__ = ["serve"]
 
 _BACKLOG = 2048
+_WORKER_PATIENCE_S = 60
 _METRICS_FILE = re.compile(r"(counter|histogram|gauge_[a-z]+)_\d+\.db")
 
 
@@ -50,6 +55,10 @@ def serve(
     settings.require_safe_bind()
     if settings.keys_file is not None:
         read_keys(settings.keys_file)
+    if settings.session_secret is None:
+        # Here, before the workers are made, so that they agree.
+        secret = SecretStr(secrets.token_hex(32))
+        settings = settings.model_copy(update={"session_secret": secret})
     configure_logging(settings)
     with contextlib.closing(_bound_socket(settings)) as listener, _metrics_dir(settings):
         config = GuardedConfig(
@@ -61,6 +70,9 @@ def serve(
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=round(settings.drain_timeout_s),
+            # A worker answers its parent once it has imported everything. On a busy machine that
+            # takes a while, and a worker killed meanwhile would never get there.
+            timeout_worker_healthcheck=_WORKER_PATIENCE_S,
         )
         if on_bound is not None:
             on_bound(_url(listener))
@@ -74,7 +86,18 @@ def _guarded_app(
     settings: ServerSettings, create_app: Callable[[ServerSettings], ASGIApp]
 ) -> ASGIApp:
     configure_logging(settings)
+    if settings.workers > 1:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     return secure(create_app(settings), settings)
+
+
+def _end_with_parent() -> None:
+    """End at once when the parent is gone: killed, it could end no worker, and the port would stay
+    taken for whoever starts the service again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _bound_socket(settings: ServerSettings) -> socket.socket:

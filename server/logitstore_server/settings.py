@@ -24,6 +24,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -102,6 +103,13 @@ class ServerSettings(BaseSettings):
     allow_public_without_keys: bool = Field(
         default=False, description="Listen on other than loopback addresses without keys."
     )
+    session_secret: SecretStr | None = Field(
+        default=None,
+        min_length=32,
+        description="Signs what browsers keep after a login; the same on machines behind one name. "
+        "Default: random at each start.",
+    )
+    session_s: int = Field(default=8 * 3600, ge=1, description="How long a login lasts.")
     failed_keys_per_minute: int = Field(
         default=30, ge=1, description="Wrong keys that one address may send before it must wait."
     )

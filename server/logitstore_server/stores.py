@@ -40,6 +40,7 @@ from logitstore.store.documents import (
 )
 from logitstore.store.lru import ProcessLRU
 from logitstore.store.reader import sum_column_bytes
+from logitstore_server.access import visible_stores
 from logitstore_server.problems import store_not_found
 from logitstore_server.settings import StoreEntry
 
@@ -279,27 +280,29 @@ class ServedStore:
 
 
 class Registry:
-    """The stores of the service, by name."""
+    """The stores of the service, by name: those that the request being answered may see."""
 
     def __init__(self, entries: Iterable[StoreEntry]) -> None:
         self._stores = {entry.name: ServedStore(entry) for entry in entries}
 
     def __iter__(self) -> Iterator[ServedStore]:
-        return iter(self._stores.values())
-
-    def __len__(self) -> int:
-        return len(self._stores)
+        visible = visible_stores.get()
+        return (served for name, served in self._stores.items() if name in visible)
 
     def get(self, name: str) -> ServedStore:
         """Raises: ServiceError store-not-found."""
         served = self._stores.get(name)
-        if served is None:
+        if served is None or name not in visible_stores.get():
             raise store_not_found()
         return served
 
+    def all(self) -> list[ServedStore]:
+        """Every store, whoever asks; for the service itself."""
+        return list(self._stores.values())
+
     def close(self) -> None:
         """Release all files and connections."""
-        for served in self:
+        for served in self.all():
             served.close()
 
 

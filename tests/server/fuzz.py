@@ -21,7 +21,7 @@ from logitstore_server.settings import ServerSettings
 
 def main() -> int:
     location, examples, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    app = create_app(ServerSettings(stores=(f"s={location}",)))
+    app = create_app(ServerSettings(stores=(f"s={location}",)), unguarded=True)
     schema = schemathesis.openapi.from_asgi("/v1/openapi.json", app)
     settings = hypothesis.settings(
         max_examples=examples,

@@ -44,7 +44,9 @@ def location(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def app(location: Path) -> FastAPI:
-    return create_app(ServerSettings(stores=(f"s={location}", f"gone={location}-none")))
+    return create_app(
+        ServerSettings(stores=(f"s={location}", f"gone={location}-none")), unguarded=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +56,11 @@ def client(app: FastAPI) -> Iterator[TestClient]:
 
 
 def paths(app: FastAPI, store: str = "s") -> list[str]:
-    """A path for every route of the application."""
-    assert all(isinstance(route, GetRoute) for route in app.routes)
+    """A path for every route of the API; those of pages have tests of their own."""
     return [
         route.path.format(store=store, name=NAMES.get(route.path.split("/")[-2]))
         for route in app.routes
+        if isinstance(route, GetRoute)
     ]
 
 
@@ -134,6 +136,22 @@ def test_the_request_id_is_the_one_given_in_front(app):
         assert client.get("/x").json()["request_id"] == "id-1"
 
 
+def test_without_a_decision_on_access_nothing_is_answered(location):
+    """An application that somebody mounts without `secure` shows nothing at all."""
+    settings = ServerSettings(stores=(f"s={location}",))
+    with TestClient(create_app(settings)) as client:
+        every = [route.path for route in client.app.routes]
+        assert len(every) > 30
+        for template in [*every, "/nothing"]:
+            path = template.replace("{store}", "s").replace("{sample:int}", "0")
+            answer = client.get(path)
+            if path in ("/healthz", "/readyz"):
+                assert answer.status_code == 200
+                continue
+            assert assert_problem(answer, 401, path)["kind"] == "key-invalid"
+            assert "www-authenticate" in answer.headers
+
+
 def test_lists_name_only_stores_that_the_client_may_see(app, location):
     async def front(scope, receive, send):
         if scope["type"] == "http":
@@ -171,7 +189,7 @@ def test_health_is_of_the_process_and_readiness_of_the_stores(client, location):
         "store-unavailable",
         "1 of 2 stores cannot be opened",
     )
-    with TestClient(create_app(ServerSettings(stores=(f"s={location}",)))) as other:
+    with TestClient(create_app(ServerSettings(stores=(f"s={location}",)), unguarded=True)) as other:
         assert other.get("/readyz").json() == {"status": "ready"}
 
 
@@ -185,7 +203,8 @@ def test_a_store_that_may_not_be_written_can_be_served(tmp_path):
     before = {p: p.stat() for p in tmp_path.rglob("*")}
     for path in before:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    with TestClient(create_app(ServerSettings(stores=(f"s={tmp_path / 's'}",)))) as client:
+    settings = ServerSettings(stores=(f"s={tmp_path / 's'}",))
+    with TestClient(create_app(settings, unguarded=True)) as client:
         assert client.get("/v1/stores/s/index.json").status_code == 200
         assert client.get("/v1/stores/s/samples").status_code == 200
         assert client.get("/v1/stores/s/rows").status_code == 200
@@ -204,7 +223,7 @@ def test_the_description_is_the_exported_one():
 def test_the_description_names_errors_and_is_what_the_app_shows(app, client):
     described = json.loads(document())
     assert client.get("/v1/openapi.json").json() == described
-    templates = {route.path for route in app.routes}
+    templates = {route.path for route in app.routes if isinstance(route, GetRoute)}
     assert set(described["paths"]) == templates
     operation_ids = []
     for item in described["paths"].values():

@@ -86,7 +86,7 @@ class Live:
         client = socket.socket()
         if receive_buffer_bytes is not None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        client.settimeout(60)
+        client.settimeout(120)  # other work may keep the machine busy
         client.connect(("127.0.0.1", self.port))
         return client
 

@@ -22,8 +22,8 @@ def command() -> None:
 def show(out: Output, config: Path | None, as_json: bool) -> None:
     """Print every setting of `logitstore serve`, its value and where that comes from.
 
-    No setting holds a secret: keys stand in a file of their own, which is not read, and locations
-    with a password are refused.
+    The one secret, which signs logins, is shown as asterisks. Keys stand in a file of their own,
+    which is not read, and locations with a password are refused.
     """
     from logitstore_server.settings import ServerSettings, load_settings
 

@@ -51,8 +51,9 @@ def command(
 ) -> None:
     """Serve stores read-only over HTTP: ls.open("http://HOST:PORT/v1/stores/NAME").
 
-    Flags win over LOGITSTORE_SERVER_* in the environment, these over --config. Stores that are
-    still being captured are served as they grow. SIGTERM lets requests in flight finish.
+    The pages of `logitstore view` are at http://HOST:PORT/, behind the same keys. Flags win over
+    LOGITSTORE_SERVER_* in the environment, these over --config. Stores that are still being
+    captured are served as they grow. SIGTERM lets requests in flight finish.
     """
     from logitstore.spec.errors import UsageError
 
@@ -97,7 +98,7 @@ def command(
     def say(url: str) -> None:
         for entry in settings.stores:
             out.data(f"{url}/v1/stores/{entry.name}")
-        out.note("Ctrl-C ends it")
+        out.note(f"pages for people at {url}/; Ctrl-C ends it")
 
     serve(settings, on_bound=say)
 

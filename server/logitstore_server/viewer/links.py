@@ -25,6 +25,14 @@ class Links:
         """A file of the viewer's own."""
         return f"{self.root}/static/{name}"
 
+    def login(self) -> str:
+        """Where a key is exchanged for a session."""
+        return f"{self.root}/login"
+
+    def logout(self) -> str:
+        """Where a session ends."""
+        return f"{self.root}/logout"
+
     def store(self, name: str, **query: object) -> str:
         """A store's overview."""
         return self._at("stores", name, "overview", **query)

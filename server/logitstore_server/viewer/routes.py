@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Route
 
 from logitstore.spec.errors import (
     AlignmentError,
+    FormatError,
     IntegrityError,
     LogitstoreError,
     NotFoundError,
@@ -55,6 +56,8 @@ SECURITY_HEADERS = {
 STATIC = Path(__file__).parent / "static"
 THEMES = ("light", "dark")
 THEME_COOKIE = "logitstore-theme"
+# What one reader may see, another may not.
+_PRIVATE = {"Cache-Control": "private, no-cache"}
 # Positions of samples whose measures are held.
 _HELD_POSITIONS = 1 << 17
 
@@ -72,9 +75,16 @@ Data = dict[str, Any]
 class _Viewer:
     """Stores by name, and what is held about each."""
 
-    def __init__(self, stores: Mapping[str, Store], *, show_locations: bool) -> None:
+    def __init__(
+        self,
+        stores: Mapping[str, Store],
+        *,
+        show_locations: bool,
+        locations: Mapping[str, str] | None = None,
+    ) -> None:
         self.stores = stores
         self.show_locations = show_locations
+        self._locations = locations
         self._viewed: dict[str, ViewedStore] = {}
         self._samples: ProcessLRU[tuple[str, int], ViewedSample] = ProcessLRU(
             _HELD_POSITIONS, _positions_held
@@ -126,8 +136,10 @@ class _Viewer:
             json_address=beside,
             show_locations=self.show_locations,
             num_stores=len(self.stores),
+            # Put there by the check of keys, for whoever has logged in.
+            has_session=request.scope.get("state", {}).get("has_session", False),
         )
-        return HTMLResponse(page, status_code=status, headers={"Cache-Control": "no-cache"})
+        return HTMLResponse(page, status_code=status, headers=_PRIVATE)
 
     @staticmethod
     def _beside(links: Links, request: Request) -> str:
@@ -154,15 +166,16 @@ class _Viewer:
     def json(self, request: Request, build: Callable[[Request], Data]) -> Response:
         """An answer for programs; failures are problem documents."""
         try:
-            return JSONResponse(self.public(build(request)), headers={"Cache-Control": "no-cache"})
+            return JSONResponse(self.public(build(request)), headers=_PRIVATE)
         except LogitstoreError as error:
-            problem = self.public(error.as_dict())
+            problem = self.told(error)
             status = _status(error)
+            hidden = problem["where"] is None and not self.show_locations
             body = {
                 "type": f"/errors/{error.kind}",
                 "title": problem["what"],
                 "status": status,
-                "detail": self.public(error.message),
+                "detail": problem["what"] if hidden else self.public(error.message),
                 "kind": error.kind,
             }
             return JSONResponse(
@@ -171,8 +184,16 @@ class _Viewer:
 
     def failed(self, request: Request, error: LogitstoreError) -> Response:
         """The page of a failure, with its status."""
+        damaged = isinstance(error, IntegrityError | FormatError)
+        name = request.path_params.get("store", "")
+        place = str(self.stores[name].location) if self.show_locations and damaged and name else ""
         return self.render(
-            request, "error.html", _status(error), problem=self.public(error.as_dict())
+            request,
+            "error.html",
+            _status(error),
+            problem=self.told(error),
+            damaged=damaged,
+            place=place or "STORE",
         )
 
     def public(self, value: Any) -> Any:
@@ -184,12 +205,27 @@ class _Viewer:
         if isinstance(value, list):
             return [self.public(v) for v in value]
         if isinstance(value, str):
-            for name in self.stores:
-                value = value.replace(str(self.stores[name].location), name)
+            locations = self._locations
+            if locations is None:
+                locations = {name: str(self.stores[name].location) for name in self.stores}
+            for name, location in locations.items():
+                value = value.replace(location, name)
         return value
 
+    def told(self, error: LogitstoreError) -> Data:
+        """An error's parts; of storage that fails, readers learn no address and no host."""
+        told: Data = self.public(error.as_dict())
+        if isinstance(error, StorageError) and not self.show_locations:
+            told |= _NOTHING
+        return told
 
-def viewer_routes(stores: Mapping[str, Store], *, show_locations: bool = False) -> list[BaseRoute]:
+
+def viewer_routes(
+    stores: Mapping[str, Store],
+    *,
+    show_locations: bool = False,
+    locations: Mapping[str, str] | None = None,
+) -> list[BaseRoute]:
     """Routes of the viewer, for an application that mounts them at its root.
 
     Args:
@@ -197,8 +233,10 @@ def viewer_routes(stores: Mapping[str, Store], *, show_locations: bool = False) 
             Names may hold anything but a slash.
         show_locations: tell readers the folders and URLs of stores; for a viewer on one's own
             machine.
+        locations: folder or URL by name of store, to be kept from readers; default: those of
+            `stores`, which are opened for it.
     """
-    viewer = _Viewer(stores, show_locations=show_locations)
+    viewer = _Viewer(stores, show_locations=show_locations, locations=locations)
     routes: list[BaseRoute] = []
 
     def page(path: str, template: str, build: Callable[[Request], Data]) -> None:
@@ -214,7 +252,13 @@ def viewer_routes(stores: Mapping[str, Store], *, show_locations: bool = False) 
         return viewer.viewed(request.path_params["store"])
 
     def home(request: Request) -> Data:
-        return {"stores": [_card(viewer.viewed(name)) for name in sorted(viewer.stores)]}
+        return {"stores": [card(name) for name in sorted(viewer.stores)]}
+
+    def card(name: str) -> Data:
+        try:
+            return _card(viewer.viewed(name))
+        except LogitstoreError as error:
+            return {"name": name, "problem": viewer.told(error)}
 
     def show_store(request: Request) -> Data:
         return overview(of(request), _integer(request, "first_shard", 0))
@@ -346,6 +390,7 @@ def _card(viewed: ViewedStore) -> Data:
         "positions": store.num_positions,
         "bytes": sum(view.object_bytes for view in store.shards),
         "sealed": store.sealed,
+        "problem": None,
     }
 
 
