@@ -14,6 +14,8 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Arguments for pytest: make test PYTEST_ARGS="-k commit -x"
 PYTEST_ARGS ?=
+# Files of tests run side by side, one process a core; each loads torch, hence the limit.
+PYTEST_PARALLEL ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .PHONY: setup lint format type test soak demo constraints clean help
 
@@ -48,7 +50,7 @@ type: $(READY)
 
 # pytest comes last, so that its summary is the last line.
 test: lint type
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_PARALLEL) $(PYTEST_ARGS)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
