@@ -16,7 +16,13 @@ from logitstore.containers.ranked import ranked
 from logitstore.record.record import Record
 from logitstore.record.statistics import merge
 from logitstore.spec.commit import Commit
-from logitstore.spec.errors import IntegrityError, NotFoundError, StateError
+from logitstore.spec.errors import (
+    FormatError,
+    IntegrityError,
+    LogitstoreError,
+    NotFoundError,
+    StateError,
+)
 from logitstore.spec.header import Header
 from logitstore.spec.index import Index, IndexRow
 from logitstore.spec.plan import Plan
@@ -27,10 +33,12 @@ from logitstore.store.documents import (
     INDEX_KEY,
     index_row,
     list_commits,
+    list_plans,
     load_commit,
     load_commits,
     load_header,
     load_index,
+    load_plan,
     load_plans,
     load_table,
     object_key,
@@ -76,6 +84,7 @@ def open_store(
     cache_dir: str | os.PathLike[str] | None = None,
     cache_limit_bytes: int | None = None,
     offline: bool = False,
+    tolerant: bool = False,
 ) -> Store:
     """Open a store and pin what it holds now.
 
@@ -89,6 +98,8 @@ def open_store(
             all processes of this user; a local store is read in place.
         cache_limit_bytes: of that folder, 50 GB by default; what was used longest ago goes first.
         offline: make no request, read the cache only; its entries stay while the store is open.
+        tolerant: for looking, never for training: go on without documents that are damaged, and
+            leave out shards whose commit is; `Store.damage` tells which.
 
     Raises: NotFoundError not-a-store, not-cached; StorageError; FormatError; IntegrityError;
     StateError state-mismatch for another store's snapshot; UsageError bad-argument.
@@ -97,7 +108,14 @@ def open_store(
         location, cache_dir=cache_dir, cache_limit_bytes=cache_limit_bytes, offline=offline
     )
     header, header_sha256 = load_header(backend)
-    index = load_index(backend, header, header_sha256)
+    damage: list[LogitstoreError] | None = [] if tolerant else None
+    try:
+        index = load_index(backend, header, header_sha256)
+    except (IntegrityError, FormatError) as error:
+        if damage is None or backend.location.kind == "http":
+            raise
+        damage.append(error)
+        index = None
     if snapshot is not None and snapshot.store_uuid != header.store_uuid:
         raise StateError(
             "state-mismatch",
@@ -109,12 +127,13 @@ def open_store(
     if index is None:
         if backend.location.kind == "http":
             raise unsealed_on_http(backend)
-        rows = visible_rows(backend, header, None if snapshot is None else snapshot.commits)
+        pairs = None if snapshot is None else snapshot.commits
+        rows = visible_rows(backend, header, pairs, damage)
     else:
         rows = index.shards
         if snapshot is not None:
             rows = _pinned(index, snapshot, backend)
-    return Store(backend, header, index, rows)
+    return Store(backend, header, index, rows, damage)
 
 
 def unsealed_on_http(backend: ReadBackend) -> IntegrityError:
@@ -128,14 +147,52 @@ def unsealed_on_http(backend: ReadBackend) -> IntegrityError:
 
 
 def visible_rows(
-    backend: ReadBackend, header: Header, pairs: Collection[tuple[str, int]] | None
+    backend: ReadBackend,
+    header: Header,
+    pairs: Collection[tuple[str, int]] | None,
+    damage: list[LogitstoreError] | None = None,
 ) -> tuple[IndexRow, ...]:
-    """Rows of an unsealed store: of these commits, or of the highest generation of every shard."""
+    """Rows of an unsealed store: of these commits, or of the highest generation of every shard.
+
+    Args:
+        damage: takes the errors of damaged documents, which are then left out; None: they raise.
+    """
     if pairs is None:
         pairs = [(shard, found[-1]) for shard, found in list_commits(backend).items()]
-    # Plans are listed after commits, so that every listed commit finds its plan.
-    plans = load_plans(backend, header, None)
-    return tuple(index_row(c, digest) for c, digest in load_commits(backend, header, pairs, plans))
+    try:
+        # Plans are listed after commits, so that every listed commit finds its plan.
+        plans = load_plans(backend, header, None)
+        commits = load_commits(backend, header, pairs, plans)
+    except (IntegrityError, FormatError):
+        if damage is None:
+            raise
+        commits = _sound_commits(backend, header, pairs, damage)
+    return tuple(index_row(commit, digest) for commit, digest in commits)
+
+
+def _sound_commits(
+    backend: ReadBackend,
+    header: Header,
+    pairs: Collection[tuple[str, int]],
+    damage: list[LogitstoreError],
+) -> list[tuple[Commit, str]]:
+    """The commits that can be read, one by one; what cannot goes to `damage`."""
+    plans = {}
+    needed = {int(shard.partition("-")[0]) for shard, _ in pairs}
+    for number in sorted(needed.union(list_plans(backend))):
+        try:
+            plans[number] = load_plan(backend, header, number)
+        except (IntegrityError, FormatError) as error:
+            damage.append(error)
+    commits = []
+    for shard, generation in pairs:
+        # A commit can be looked at without its plan, which the list above then names.
+        known = plans if int(shard.partition("-")[0]) in plans else None
+        try:
+            commits.append(load_commit(backend, header, shard, generation, plans=known))
+        except (IntegrityError, FormatError) as error:
+            damage.append(error)
+    return commits
 
 
 def _pinned(index: Index, snapshot: Snapshot, backend: ReadBackend) -> tuple[IndexRow, ...]:
@@ -163,14 +220,22 @@ class Store:
         sealed: whether it is complete and has an index.
         shards: visible shards in reading order.
         num_samples, num_positions: of all shards.
+        damage: of a store opened with `tolerant`: what was left out.
     """
 
     def __init__(
-        self, backend: ReadBackend, header: Header, index: Index | None, rows: tuple[IndexRow, ...]
+        self,
+        backend: ReadBackend,
+        header: Header,
+        index: Index | None,
+        rows: tuple[IndexRow, ...],
+        damage: Collection[LogitstoreError] | None = None,
     ) -> None:
         self.location = backend.location
         self.header = header
         self.sealed = index is not None
+        self.damage = tuple(damage or ())
+        self._tolerant = damage is not None
         self.shards = tuple(
             ShardView(r.shard, r.generation, r.samples, r.positions, r.object, r.object_bytes)
             for r in rows
@@ -213,9 +278,8 @@ class Store:
     def refresh(self) -> Store:
         """This store with what it holds now; read through the same cache."""
         remote = self._backend if isinstance(self._backend, RemoteReader) else None
-        if remote is None:
-            return open_store(self.location)
-        return open_store(self.location, **remote.options)
+        options: Mapping[str, Any] = {} if remote is None else remote.options
+        return open_store(self.location, tolerant=self._tolerant, **options)
 
     def plans(self) -> tuple[Plan, ...]:
         """All plans, in order of their numbers."""

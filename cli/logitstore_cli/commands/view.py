@@ -77,7 +77,7 @@ class OpenedStores(Mapping[str, "Store"]):
         self._read_s: dict[str, float] = {}
         self._lock = threading.Lock()
         for location in locations:
-            opened = store.open(location)
+            opened = store.open(location, tolerant=True)
             name = _name(location, self._stores)
             self._stores[name] = opened
             self._read_s[name] = time.monotonic()

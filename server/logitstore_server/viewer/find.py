@@ -180,7 +180,11 @@ def _shards_of_key(viewed: ViewedStore, key: str) -> set[str]:
         return set()
     document = int(parts["document"])
     found = set()
-    for plan in viewed.store.plans():
+    try:
+        plans = viewed.store.plans()
+    except LogitstoreError:
+        plans = ()  # only the order suffers
+    for plan in plans:
         files = () if plan.corpus is None else plan.corpus.files
         for shard in plan.shards:
             for span in shard.spans:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,11 @@ def probability(value: Any) -> str:
     return f"{value:.3g}" if value else "0"
 
 
+def shell(value: Any) -> str:
+    """One word of a command line."""
+    return shlex.quote(str(value))
+
+
 def short(value: Any, length: int = 12) -> str:
     """The start of a digest."""
     text = str(value)
@@ -56,6 +62,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "decimal": decimal,
     "percent": percent,
     "probability": probability,
+    "shell": shell,
     "short": short,
     "size": size,
 }

@@ -46,6 +46,7 @@ def overview(viewed: ViewedStore, first_shard: int = 0) -> dict[str, Any]:
         "table_problem": _problem(viewed.table_problem),
         "has_text": viewed.table_problem is None and viewed.table is not None,
         "problem": None,
+        "damage": [error.as_dict() for error in _damage(viewed)],
         "labels": 0,
         "nll": None,
         "columns": [],
@@ -73,18 +74,25 @@ def overview(viewed: ViewedStore, first_shard: int = 0) -> dict[str, Any]:
     return body
 
 
+def _damage(viewed: ViewedStore) -> list[LogitstoreError]:
+    """Documents that cannot be read, as far as opening the store and its plan told."""
+    found = list(viewed.store.damage)
+    if isinstance(viewed.corpus, LogitstoreError) and viewed.corpus.where not in {
+        error.where for error in found
+    }:
+        found.append(viewed.corpus)
+    return found
+
+
 def provenance(viewed: ViewedStore) -> list[dict[str, Any]]:
     """Where the numbers come from: groups of (term, value), values as text."""
-    header, store = viewed.header, viewed.store
+    header = viewed.header
     teacher, tokenizer, packing = header.teacher, header.tokenizer, header.packing
     corpus: list[tuple[str, Any]] = []
-    try:
-        plan = next(iter(store.plans()), None)
-        info = None if plan is None else plan.corpus
-    except LogitstoreError as error:
-        info = None
-        corpus = [("corpus", f"cannot be read: {error.what}")]
-    if info is not None:
+    info = viewed.corpus
+    if isinstance(info, LogitstoreError):
+        corpus = [("corpus", f"cannot be read: {info.what}")]
+    elif info is not None:
         corpus = [
             ("format", info.format),
             ("documents", f"{info.documents:,} in {len(info.files):,} files"),

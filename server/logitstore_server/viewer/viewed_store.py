@@ -11,6 +11,7 @@ from functools import cached_property
 from logitstore.display.glyphs import Glyphs, class_glyphs, number_glyphs, token_glyphs
 from logitstore.record import Record
 from logitstore.spec.errors import LogitstoreError
+from logitstore.spec.plan import CorpusInfo
 from logitstore.spec.statistics import Statistics
 from logitstore.spec.tokenizer_table import TokenizerTable
 from logitstore.store import Store
@@ -71,6 +72,15 @@ class ViewedStore:
         except LogitstoreError as error:
             return error
         return None
+
+    @cached_property
+    def corpus(self) -> CorpusInfo | LogitstoreError | None:
+        """What the first plan says of the corpus, or why it cannot be read."""
+        try:
+            plan = next(iter(self.store.plans()), None)
+        except LogitstoreError as error:
+            return error
+        return None if plan is None else plan.corpus
 
     @cached_property
     def glyphs(self) -> Callable[[int], Glyphs]:
