@@ -22,6 +22,7 @@ _LAZY = {
     "collate": "logitstore.data",
     "loader": "logitstore.data",
     "open": "logitstore.store",
+    "replay": "logitstore.data",
     "writer": "logitstore.capture",
 }
 _LAZY_MODULES = frozenset({"losses", "signals", "store", "targets"})
@@ -33,6 +34,7 @@ __all__ = [
     "loader",
     "losses",
     "open",
+    "replay",
     "signals",
     "store",
     "targets",
@@ -42,7 +44,7 @@ __all__ = [
 if TYPE_CHECKING:
     from logitstore import losses, signals, store, targets
     from logitstore.capture import writer
-    from logitstore.data import LogitDataset, collate, loader
+    from logitstore.data import LogitDataset, collate, loader, replay
     from logitstore.store import open
 
 

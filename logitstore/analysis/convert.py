@@ -224,6 +224,7 @@ def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"], rank_i
         tokenizer=old.tokenizer,
         packing=old.packing,
         rank_ids=rank_ids,
+        images=old.images,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from logitstore.corpora import Example, Sample
 from logitstore.record import Record
 from logitstore.record.random import key_of
+from logitstore.record.views import VIEW_COLUMNS
 from logitstore.signals import Completion, Encoder, MassCurve
 from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import Header
@@ -31,8 +32,7 @@ def corpus_columns(samples: Sequence[Sample | Example], schema: Schema) -> Colum
     """The columns that come from the corpus: tokens, segments and, where stored, byte ends; or
     labels, where the corpus has them."""
     if schema.column("tokens") is None:
-        labelled = schema.column("label") is not None
-        return {"label": np.concatenate([s.labels for s in samples])} if labelled else {}
+        return _example_columns([s for s in samples if isinstance(s, Example)], schema)
     windows = [s for s in samples if isinstance(s, Sample)]
     columns: Columns = {
         "tokens": np.concatenate([s.tokens for s in windows]),
@@ -40,6 +40,23 @@ def corpus_columns(samples: Sequence[Sample | Example], schema: Schema) -> Colum
     }
     if schema.column("byte_end") is not None:
         columns["byte_end"] = np.concatenate([s.byte_end for s in windows])
+    return columns
+
+
+def _example_columns(examples: Sequence[Example], schema: Schema) -> Columns:
+    columns: Columns = {}
+    if schema.column("label") is not None:
+        columns["label"] = np.concatenate([e.labels for e in examples])
+    if schema.column("view") is not None:
+        views = [e.view.columns() for e in examples if e.view is not None]
+        columns |= {name: np.concatenate([v[name] for v in views]) for name in VIEW_COLUMNS}
+    thumbnails = schema.column("thumbnail")
+    if thumbnails is not None:
+        pictures = [e.picture for e in examples if e.picture is not None]
+        columns["num_thumbnail"] = np.array([e.picture is not None for e in examples])
+        columns["thumbnail"] = (
+            np.stack(pictures) if pictures else np.empty((0, *thumbnails.inner), np.uint8)
+        )
     return columns
 
 
@@ -75,6 +92,7 @@ class SampleEncoder:
         self._names_P = [key for key, n in zip(keys, lengths, strict=True) for _ in range(n)]
         self._columns = columns
         self._parts: list[Columns] = []
+        self._curve = MassCurve(header.vocab_size)
         self._done = 0
 
     def add(self, logits_RV: Tensor) -> None:
@@ -91,9 +109,9 @@ class SampleEncoder:
                 logits_RV,
                 labels_P=self._labels_P[rows],
                 keys_P=self._keys_P[rows],
-        self._curve = MassCurve(header.vocab_size)
                 positions_P=self._positions_P[rows],
                 sample_names=self._names_P[rows],
+                curve=self._curve,
             )
         )
 
@@ -110,9 +128,12 @@ class SampleEncoder:
         lengths = np.asarray(self._lengths)
         mask = self._labels_P.numpy() >= 0
         segments = columns.get("segment_ids", np.zeros(len(mask), np.uint16))
-                curve=self._curve,
         columns = self._encoder.complete(columns, Completion(lengths, segments, mask))
         return sample_record(self._header, self._keys, self._lengths, columns)
+
+    def statistics(self) -> Statistics:
+        """What only whole distributions tell, for the commit of the shard that takes the record."""
+        return Statistics(cumulative_mass=self._curve.total())
 
     def _wrong_number(self) -> TeacherError:
         return TeacherError(
@@ -130,10 +151,6 @@ def sample_record(
     """Samples as a record: `columns` with the names and lengths of samples, in stored types."""
     names = [key.encode() for key in keys]
     every = {
-    def statistics(self) -> Statistics:
-        """What only whole distributions tell, for the commit of the shard that takes the record."""
-        return Statistics(cumulative_mass=self._curve.total())
-
         **columns,
         "sample_lengths": np.asarray(lengths),
         "num_sample_key": np.array([len(name) for name in names]),

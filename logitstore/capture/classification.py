@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from logitstore.capture.pilot import run_pilot
 from logitstore.capture.planning import scan_corpus, shard_tokens_for
 from logitstore.capture.settings import CaptureSettings
@@ -21,13 +23,14 @@ from logitstore.corpora import (
 )
 from logitstore.record import aux_fields
 from logitstore.record.new_header import new_header
-from logitstore.spec.errors import UsageError
-from logitstore.spec.header import Header
+from logitstore.record.thumbnails import thumbnail_factor
+from logitstore.spec.errors import CorpusError, UsageError
+from logitstore.spec.header import Augmentation, Header, Images
 from logitstore.spec.plan import CorpusInfo
 from logitstore.spec.signals import parse_signal
 from logitstore.teachers import Classifier, load_classifier
 
-__all__ = ["ClassificationSetup"]
+__all__ = ["ClassificationSetup", "classification_header"]
 
 
 class ClassificationSetup(Setup):
@@ -48,6 +51,9 @@ class ClassificationSetup(Setup):
         if kind is None:
             _refuse(settings, "input_key", "the corpus holds rows of text")
             _refuse(settings, "labels", "the corpus holds rows of text: use --label-key")
+            _refuse(settings, "views", "the corpus holds rows of text")
+            _refuse(settings, "keep_thumbnails", "the corpus holds rows of text")
+            images = None
             self.corpus = TextExamples(
                 files,
                 classes=classes,
@@ -67,8 +73,11 @@ class ClassificationSetup(Setup):
                 labels = ArrayFiles(find_files(settings.labels), settings.label_key)
             elif settings.label_key is not None:
                 labels = ArrayFiles(files, settings.label_key)
-            self.corpus = ArrayExamples(inputs, labels, classes=classes)
-        self.header = _header(settings, signal, self.teacher, labelled=self.corpus.labelled)
+            images = images_of(settings, inputs)
+            self.corpus = ArrayExamples(inputs, labels, classes=classes, images=images)
+        self.header = classification_header(
+            settings, signal, self.teacher, labelled=self.corpus.labelled, images=images
+        )
         self.tables: dict[str, bytes] = {}
 
     def look(self, pilot_tokens: int) -> Look:
@@ -77,6 +86,11 @@ class ClassificationSetup(Setup):
         info, total, chosen = self._read(pilot_tokens)
         self._note(f"running the teacher over {len(chosen)} samples")
         pilot = run_pilot(self.teacher, self.header, chosen, settings.micro_batch)
+        if "thumbnail" in pilot.column_bytes:
+            pictures = pilot.column_bytes["thumbnail"] / pilot.tokens
+            self._note(
+                f"thumbnails take {pictures:.1f} of {pilot.bytes_per_token:.1f} bytes a sample"
+            )
         wanted = settings.shard_samples or shard_tokens_for(
             total, pilot.seconds_per_token, settings.workers
         )
@@ -88,8 +102,8 @@ class ClassificationSetup(Setup):
         corpus = self.corpus
         if isinstance(corpus, ArrayExamples):
             corpus.check()
-            total = min(corpus.count, limit or corpus.count)
-            return corpus.describe(corpus.count), total, corpus.spread(pilot_samples, limit)
+            total = corpus.count(limit)
+            return corpus.describe(corpus.rows), total, corpus.spread(pilot_samples, limit)
         scan = scan_corpus(corpus)
         count = sum(1 for _ in corpus.examples())  # looks at every label
         places = islice(scan.chosen, pilot_samples)
@@ -110,6 +124,54 @@ class ClassificationSetup(Setup):
         )
 
 
+def images_of(settings: CaptureSettings, inputs: ArrayFiles) -> Images | None:
+    """What a capture keeps of images; None when neither views nor thumbnails are asked for.
+
+    Raises: CorpusError corpus-malformed for arrays that are no images; what reading them raises.
+    """
+    if settings.views is None and not settings.keep_thumbnails:
+        return None
+    array = inputs.array(0)
+    shape = array.shape[1:]
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] > 4) or 0 in shape:
+        channels_first = len(shape) == 3 and shape[0] <= 4
+        raise CorpusError(
+            "corpus-malformed",
+            "views and thumbnails are of images, and these are none",
+            where=inputs.files[0].path,
+            got=f"samples of shape {shape}",
+            expected="(height, width) or (height, width, channels), at most 4 channels",
+            hint="move the channels to the end: array.transpose(0, 2, 3, 1)"
+            if channels_first
+            else None,
+        )
+    if settings.keep_thumbnails and array.dtype != np.uint8:
+        raise CorpusError(
+            "corpus-malformed",
+            "thumbnails are kept of 8-bit images only",
+            where=inputs.files[0].path,
+            got=array.dtype,
+            expected="uint8",
+            hint="leave out --keep-thumbnails",
+        )
+    height, width = shape[:2]
+    augmentation = None
+    if settings.views is not None:
+        augmentation = Augmentation(
+            seed=settings.seed,
+            views=settings.views,
+            padding=settings.crop_padding,
+            flip=settings.flip,
+        )
+    return Images(
+        height=height,
+        width=width,
+        channels=shape[2] if len(shape) == 3 else None,
+        thumbnail_factor=thumbnail_factor(height, width) if settings.keep_thumbnails else None,
+        augmentation=augmentation,
+    )
+
+
 def _refuse(settings: CaptureSettings, name: str, why: str) -> None:
     value = getattr(settings, name)
     if value:
@@ -121,8 +183,13 @@ def _refuse(settings: CaptureSettings, name: str, why: str) -> None:
         )
 
 
-def _header(
-    settings: CaptureSettings, signal: Any, teacher: Classifier, *, labelled: bool
+def classification_header(
+    settings: CaptureSettings,
+    signal: Any,
+    teacher: Classifier,
+    *,
+    labelled: bool,
+    images: Images | None,
 ) -> Header:
     """The header of a capture.
 
@@ -161,4 +228,5 @@ def _header(
         labelled=labelled,
         chunk_positions=settings.chunk_capacity,
         seed=settings.seed,
+        images=images,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Pilot:
     Attributes:
         tokens: captured.
         seconds_per_token: of teacher and encoder together, after a warm-up.
-        chunk_bytes: of all chunks.
+        chunk_bytes: of all chunks; `column_bytes` by array.
         shard_bytes: what an object needs beside its chunks.
         nll: mean -log p of the realised tokens, nats; NaN where there are none.
         id_counts: int64 [V], how often each id was stored; empty where no ranks are made of them.
@@ -46,6 +46,7 @@ class Pilot:
     tokens: int
     seconds_per_token: float
     chunk_bytes: int
+    column_bytes: Mapping[str, int]
     shard_bytes: int
     nll: float
     id_counts: NDArray[np.int64]
@@ -85,11 +86,13 @@ def run_pilot(
             shard.add(chunk)
     for chunk in chunker.finish():
         shard.add(chunk)
-    chunk_bytes = sum(row.bytes for row in shard.finish().chunks)
+    finished = shard.finish()
+    chunk_bytes = sum(row.bytes for row in finished.chunks)
     return Pilot(
         tokens=tokens,
         seconds_per_token=seconds / tokens,
         chunk_bytes=chunk_bytes,
+        column_bytes=finished.column_bytes,
         shard_bytes=file.tell() - chunk_bytes,
         nll=_nll(done, records),
         id_counts=_id_counts(header, records),

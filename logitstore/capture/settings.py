@@ -30,6 +30,10 @@ _OPTIONS_OF: dict[Task, dict[str, Any]] = {
         "max_samples": None,
         "shard_samples": None,
         "batch_samples": 256,
+        "views": None,
+        "crop_padding": 4,
+        "flip": True,
+        "keep_thumbnails": False,
     },
 }
 
@@ -65,6 +69,10 @@ class CaptureSettings:
         max_samples: capture only so many samples, from the start of the corpus.
         shard_samples: samples of a shard; None: about two minutes of the teacher's time.
         batch_samples: samples of a micro-batch.
+        views: of every image, the image as it is among them; None: images as they are, only.
+        crop_padding: views are shifted by up to so many pixels on each axis.
+        flip: half of the views are mirrored left to right.
+        keep_thumbnails: keep a picture of every image, for the viewer.
         dtype, device: see `teachers.TeacherOptions`.
         workers: processes on this machine.
         threads_per_worker: CPU threads of each; None: what the store was begun with, or the cores
@@ -97,6 +105,10 @@ class CaptureSettings:
     max_samples: int | None = None
     shard_samples: int | None = None
     batch_samples: int = 256
+    views: int | None = None
+    crop_padding: int = 4
+    flip: bool = True
+    keep_thumbnails: bool = False
     dtype: str = "auto"
     device: str = "auto"
     workers: int = 1
@@ -113,6 +125,8 @@ class CaptureSettings:
             "max_samples": 1,
             "shard_samples": 1,
             "batch_samples": 1,
+            "views": 1,
+            "crop_padding": 0,
             "workers": 1,
             "threads_per_worker": 1,
             "seed": 0,
@@ -146,6 +160,14 @@ class CaptureSettings:
                 got=self.seq_len,
                 expected="at most 65536",
             )
+        if self.views is None and (self.crop_padding, self.flip) != (4, True):
+            raise UsageError(
+                "bad-argument",
+                "these options say how views are made, and none are asked for",
+                where="--crop-padding, --no-flip",
+                got=f"crop padding {self.crop_padding}, {'' if self.flip else 'no '}flip",
+                expected="--views N beside them",
+            )
         if any(not 0 < t < float("inf") for t in self.lse_at):
             raise UsageError(
                 "bad-argument",
@@ -168,6 +190,9 @@ class CaptureSettings:
         if self.task == "classification":
             return self.chunk_positions or 2048
         return max(self.chunk_positions or 2048, self.seq_len)
+
+    def _views(self) -> dict[str, Any]:
+        return {"number": self.views, "crop_padding": self.crop_padding, "flip": self.flip}
 
     def configuration(self) -> Mapping[str, Any]:
         """The part that a store remembers and compares on resume, teacher and tokenizer apart."""
@@ -194,6 +219,9 @@ class CaptureSettings:
                     "max_samples": self.max_samples,
                     "shard_samples": self.shard_samples,
                 },
+                # Only when asked for: captures without them go on as they were begun.
+                **({} if self.views is None else {"views": self._views()}),
+                **({"keep_thumbnails": True} if self.keep_thumbnails else {}),
             }
         return {
             **common,

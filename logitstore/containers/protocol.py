@@ -11,6 +11,7 @@ import google_crc32c
 import numpy as np
 
 from logitstore.record.record import Record, columns_needed
+from logitstore.record.views import views_problem
 from logitstore.spec.commit import ChunkRow, Commit, Layout
 from logitstore.spec.errors import FormatError, IntegrityError, UsageError
 from logitstore.spec.header import Header
@@ -243,3 +244,6 @@ def check_values(record: Record, header: Header, where: str) -> None:
             raise malformed(where, f"group {group.name} is not UTF-8: {error}") from None
         if np.any(text[starts] & 0xC0 == 0x80):
             raise malformed(where, f"a string of group {group.name} starts inside a character")
+    problem = views_problem(record, header.images)
+    if problem is not None:
+        raise malformed(where, f"a view cannot be: {problem}")

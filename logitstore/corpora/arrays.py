@@ -21,13 +21,19 @@ from numpy.typing import NDArray
 from logitstore.corpora.examples import Classes, Example
 from logitstore.corpora.files import SourceFile, compare, describe_files, find_files
 from logitstore.corpora.spans import Unit
+from logitstore.record.thumbnails import thumbnail
+from logitstore.record.views import apply_views, draw_views, view_key
 from logitstore.spec.errors import CorpusError, NotFoundError, UsageError
+from logitstore.spec.images import Images
 from logitstore.spec.plan import CorpusInfo, Span
 
 __all__ = ["ArrayExamples", "ArrayFiles", "array_format"]
 
 ArrayFormat = Literal["npy", "npz", "idx"]
 Array = NDArray[Any]
+
+# Views are made of so many rows together.
+_ROWS_AT_ONCE = 64
 
 _IDX_NAME = re.compile(r"(-ubyte|\.idx\d?|\.idx\d?-ubyte)(\.gz)?$")
 # Third byte of an IDX file -> dtype; numbers are big-endian.
@@ -122,7 +128,7 @@ class ArrayFiles:
         return found
 
     def of(self, sample_keys: Sequence[str]) -> Array:
-        """The rows that samples were made from, [B, ...].
+        """The rows that samples were made from, [B, ...]; of views, the images as they are.
 
         Raises: NotFoundError sample-out-of-range for a name that is not of these files.
         """
@@ -130,13 +136,15 @@ class ArrayFiles:
         rows = []
         for key in sample_keys:
             name, _, row = key.rpartition("#")
+            row = row.partition("@")[0]
             number = numbers.get(name)
             if number is None or not row.isdecimal() or int(row) >= len(self.array(number)):
                 raise NotFoundError(
                     "sample-out-of-range",
                     "no such row in these files",
                     got=key,
-                    expected=f"<file>#<row>, files {', '.join(list(numbers)[:4])}",
+                    expected="<file>#<row> or <file>#<row>@<view>, of the files "
+                    + ", ".join(list(numbers)[:4]),
                 )
             rows.append(self.array(number)[int(row)])
         return np.stack(rows)
@@ -149,12 +157,24 @@ class ArrayExamples:
         inputs: the files of inputs.
         labels: those of labels, one for each file of inputs; None: the corpus has no labels.
         classes: of the teacher.
+        images: what is kept of images. With an augmentation every row gives as many examples as it
+            has views, one after another.
     """
 
-    def __init__(self, inputs: ArrayFiles, labels: ArrayFiles | None, *, classes: Classes) -> None:
+    def __init__(
+        self,
+        inputs: ArrayFiles,
+        labels: ArrayFiles | None,
+        *,
+        classes: Classes,
+        images: Images | None = None,
+    ) -> None:
         self._inputs = inputs
         self._labels = labels
         self._classes = classes
+        self._images = images
+        self._augmentation = None if images is None else images.augmentation
+        self._views = 1 if self._augmentation is None else self._augmentation.views
         self.files = inputs.files
         self.format = inputs.format
 
@@ -217,15 +237,23 @@ class ArrayExamples:
             raise self._classes.unknown(int(labels[outside[0]]), place)
 
     @property
-    def count(self) -> int:
-        """Number of examples."""
+    def rows(self) -> int:
+        """Number of rows."""
         return self._starts()[-1]
 
+    def count(self, max_samples: int | None) -> int:
+        """Number of examples to capture: all views of as many rows as `max_samples` asks for."""
+        rows = self.rows
+        if max_samples is not None:
+            rows = min(rows, -(-max_samples // self._views))
+        return rows * self._views
+
     def units(self, unit_samples: int, max_samples: int | None) -> Iterator[Unit]:
-        """The corpus in units of `unit_samples`."""
-        total = self.count if max_samples is None else min(self.count, max_samples)
-        for start in range(0, total, unit_samples):
-            stop = min(start + unit_samples, total)
+        """The corpus in units of `unit_samples`; views of a row stay together."""
+        rows = self.count(max_samples) // self._views
+        unit_rows = -(-unit_samples // self._views)
+        for start in range(0, rows, unit_rows):
+            stop = min(start + unit_rows, rows)
             spans = tuple(
                 Span(
                     file=file,
@@ -235,17 +263,18 @@ class ArrayExamples:
                 for file, (begin, end) in enumerate(pairwise(self._starts()))
                 if max(start, begin) < min(stop, end)
             )
-            yield Unit(spans, stop - start)
+            yield Unit(spans, (stop - start) * self._views)
 
     def spread(self, count: int, max_samples: int | None) -> list[Example]:
-        """Evenly spaced examples."""
-        total = self.count if max_samples is None else min(self.count, max_samples)
-        count = min(count, total)
+        """Evenly spaced rows, of each all its views: about `count` examples together."""
+        rows = self.count(max_samples) // self._views
+        chosen = min(-(-count // self._views), rows)
         starts = self._starts()
-        out = []
-        for number in (i * total // count for i in range(count)):
+        out: list[Example] = []
+        for number in (i * rows // chosen for i in range(chosen)):
             file = next(f for f, (_, end) in enumerate(pairwise(starts)) if number < end)
-            out.append(self._example(file, number - starts[file]))
+            row = number - starts[file]
+            out += self._examples(file, row, row + 1)
         return out
 
     def examples(self, span: Span) -> Iterator[Example]:
@@ -253,8 +282,9 @@ class ArrayExamples:
 
         Raises: CorpusError corpus-changed, corpus-malformed.
         """
-        for row in range(span.first_document, span.first_document + span.documents):
-            yield self._example(span.file, row)
+        stop = span.first_document + span.documents
+        for start in range(span.first_document, stop, _ROWS_AT_ONCE):
+            yield from self._examples(span.file, start, min(start + _ROWS_AT_ONCE, stop))
 
     def describe(self, documents: int) -> CorpusInfo:
         """The files of inputs and of labels by content."""
@@ -274,9 +304,30 @@ class ArrayExamples:
         """
         compare(planned, found)
 
-    def _example(self, file: int, row: int) -> Example:
-        label = None if self._labels is None else int(self._labels.array(file)[row])
-        return Example(f"{self.files[file].name}#{row}", self._inputs.array(file)[row], label)
+    def _examples(self, file: int, start: int, stop: int) -> Iterator[Example]:
+        inputs = self._inputs.array(file)[start:stop]
+        keys = [f"{self.files[file].name}#{row}" for row in range(start, stop)]
+        labels: list[int | None] = [None] * len(keys)
+        if self._labels is not None:
+            labels = [int(label) for label in self._labels.array(file)[start:stop]]
+        factor = None if self._images is None else self._images.thumbnail_factor
+        pictures = [None if factor is None else thumbnail(row, factor) for row in inputs]
+        if self._augmentation is None:
+            for each in zip(keys, inputs, labels, pictures, strict=True):
+                key, row, label, picture = each
+                yield Example(key, row, label, picture=picture)
+            return
+        drawn = draw_views(self._augmentation, keys)
+        seen = apply_views(np.repeat(inputs, self._views, axis=0), drawn)
+        for place, view in enumerate(seen):
+            row, number = divmod(place, self._views)
+            yield Example(
+                view_key(keys[row], number),
+                view,
+                labels[row],
+                view=drawn[place],
+                picture=None if number else pictures[row],
+            )
 
     def _starts(self) -> list[int]:
         counts = (len(self._inputs.array(number)) for number in range(len(self.files)))

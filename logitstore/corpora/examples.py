@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from logitstore.corpora.documents import Corpus
 from logitstore.corpora.files import SourceFile
+from logitstore.record.views import Views
 from logitstore.spec.errors import CorpusError
 from logitstore.spec.plan import Span
 
@@ -30,11 +31,15 @@ class Example:
         key: "<file name>#<row>": stable, and unique in a store.
         input: an array without batch axis, or a text.
         label: id of its class; None in a corpus without labels.
+        view: which view of its image the input is; None where there are no views.
+        picture: a thumbnail to keep, uint8 [h, w, C], or None.
     """
 
     key: str
     input: NDArray[Any] | str
     label: int | None
+    view: Views | None = None
+    picture: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         return 1

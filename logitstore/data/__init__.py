@@ -3,6 +3,7 @@
 from logitstore.data.collate import Batch, Item, SampleId, collate
 from logitstore.data.dataset import LogitDataset
 from logitstore.data.loader import Loader, loader
+from logitstore.data.replay import replay
 from logitstore.data.retokenize import StudentBatch, retokenizer
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "StudentBatch",
     "collate",
     "loader",
+    "replay",
     "retokenizer",
 ]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from logitstore.record import Record
 from logitstore.record.sequences import IGNORE, has_label, labels
 from logitstore.record.threshold import decode_threshold
+from logitstore.record.views import VIEW_COLUMNS, check_views
 from logitstore.spec.errors import AlignmentError
 from logitstore.spec.header import Header
 from logitstore.spec.signals import SampledSpec, ThresholdSpec
@@ -18,7 +19,7 @@ from logitstore.spec.tokenizer_pieces import table_of
 from logitstore.spec.tokenizer_table import TokenizerTable
 from logitstore.store import Store
 
-__all__ = ["check_alignment", "check_tokenizer"]
+__all__ = ["check_alignment", "check_stored_views", "check_tokenizer"]
 
 # A shifted store fails at most positions, a sound one at none.
 _TOLERATED_SHARE = 0.01
@@ -110,6 +111,19 @@ def check_alignment(store: Store) -> None:
                 expected="row t is the distribution over token t + 1 of the same segment",
                 hint="capture again; a loop of one's own must pass logits unshifted",
             )
+
+
+def check_stored_views(store: Store) -> None:
+    """Draw the views of a few chunks again, and refuse a store that holds others.
+
+    Raises: AlignmentError store-misaligned.
+    """
+    if store.header.images is None or store.header.images.augmentation is None:
+        return
+    for shard, chunk in _probed(store):
+        where = f"{store.location} shard {store.shards[shard].shard} chunk {chunk}"
+        record = store.read_chunk(shard, chunk, {"sample_key", *VIEW_COLUMNS})
+        check_views(record, store.header, where=where)
 
 
 def _slip(record: Record, header: Header, look_up: _LookUp) -> str | None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from logitstore.data.chunks import Row, gather
 from logitstore.record import Record
 from logitstore.record.sequences import IGNORE, labels, loss_mask, position_ids
+from logitstore.record.views import Views, views_of
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import Header
 from logitstore.targets import Targets, TopKTargets, from_records
@@ -44,7 +45,7 @@ class Batch:
     """Samples for one training step.
 
     Sequences have [B, T] fields, short samples padded at the end; classification samples have
-    labels [B], targets with leading shape [B], and None in every other field of sequences.
+    labels [B], targets with leading shape [B], and None in every field of sequences.
 
     Attributes:
         labels: int64 [B, T], tokens[:, t + 1] inside a segment, -100 where there is none (the last
@@ -59,6 +60,7 @@ class Batch:
         segment_ids: int64 [B, T], number of the segment inside the sample, -1 in padding.
         position_ids: int64 [B, T], what the teacher saw: counted from 0 in each segment under
             block-diagonal attention, in each sample under full attention; 0 in padding.
+        view: which view of its image each sample is, for `replay`; None where they are no views.
         block_diagonal: True when the teacher attended inside segments only.
         state: of the loader after this batch; `load_state_dict(state)` continues with the next.
     """
@@ -71,6 +73,7 @@ class Batch:
     loss_mask: Tensor | None = None
     segment_ids: Tensor | None = None
     position_ids: Tensor | None = None
+    view: Views | None = None
     block_diagonal: bool = True
     state: Mapping[str, Any] | None = None
 
@@ -158,6 +161,11 @@ class Item:
         return _first(self._batch.position_ids)
 
     @property
+    def view(self) -> Views | None:
+        """The one view, or None where samples are no views."""
+        return self._batch.view
+
+    @property
     def targets(self) -> Targets:
         """Targets of the sample's T positions (flat, `lengths` [1]), or of its one row."""
         return self._batch.targets
@@ -182,7 +190,9 @@ def collate(items: Sequence[Item]) -> Batch:
     if first.header.sample_kind == "classification":
         # One position per sample: the flat form already has the leading shape [B].
         targets = dataclasses.replace(targets, lengths=None)
-        return Batch(labels=torch.from_numpy(labels(record)), targets=targets, **fields)
+        view = views_of(record, first.header.images)
+        label = torch.from_numpy(labels(record))
+        return Batch(labels=label, targets=targets, view=view, **fields)
     packing = first.header.packing
     block_diagonal = packing is None or packing.attention == "block-diagonal"
     fields |= _sequence_fields(record, block_diagonal=block_diagonal)

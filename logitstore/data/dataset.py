@@ -14,7 +14,7 @@ import torch
 import torch.utils.data
 from numpy.typing import NDArray
 
-from logitstore.data.checks import check_alignment, check_tokenizer
+from logitstore.data.checks import check_alignment, check_stored_views, check_tokenizer
 from logitstore.data.chunks import ChunkCache, Row
 from logitstore.data.collate import Item, SampleId
 from logitstore.data.order import EpochOrder, RankOrder, ShardTable, Tail, rank_part
@@ -124,6 +124,7 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         if tokenizer is not None:
             check_tokenizer(self.store, tokenizer)
         check_alignment(self.store)
+        check_stored_views(self.store)
         self._first_sample = _starts([s.samples for s in self.store.shards])
         # Arrow chunks of a disk are views of the mapped file.
         mapped = self.header.container == "arrow" and self.store.location.kind == "local"
@@ -336,9 +337,12 @@ class LogitDataset(torch.utils.data.Dataset[Item]):
         return [here[pair] for pair in snapshot.commits]
 
     def _wanted(self, columns: Collection[str] | None) -> set[str] | None:
-        if columns is None:
-            return None
         names = {c.name for c in self.header.schema_.columns}
+        # Pictures are for people.
+        pictures = names & {"thumbnail", "num_thumbnail"}
+        names -= pictures
+        if columns is None:
+            return columns_needed(self.header.schema_, names) if pictures else None
         # Signals are decoded with the help of these two.
         optional = names & set(AUX_FIELDS) - {"label_logprob", "top1_logprob"}
         optional |= {n for n in names if n.startswith("lse_at_")}

@@ -12,6 +12,7 @@ from logitstore.spec.document import canonical_json, sha256_hex
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import (
     Header,
+    Images,
     Packing,
     Software,
     TableRef,
@@ -19,6 +20,7 @@ from logitstore.spec.header import (
     TokenizerInfo,
 )
 from logitstore.spec.id_ranks import RANKS_FEATURE
+from logitstore.spec.images import IMAGES_FEATURE
 from logitstore.spec.version import __version__
 
 __all__ = ["new_header", "now", "software"]
@@ -53,6 +55,7 @@ def new_header(
     packing: Packing | None = None,
     tables: Iterable[TableRef] = (),
     commit_mode: Literal["create-only", "single-writer"] = "create-only",
+    images: Images | None = None,
     rank_ids: bool = False,
 ) -> Header:
     """A header with a fresh uuid. `signal` is a spec, `aux` names or None for the signal's
@@ -80,8 +83,10 @@ def new_header(
         labelled=labelled,
         loss_mask=loss_mask,
         num_always=len(always),
+        images=images,
     )
     features = ["pairs"] if any(group.pairs for group in schema.groups) else []
+    features += [] if images is None else [IMAGES_FEATURE]
     if rank_ids:
         _check_ranks(signal, container)
         features.append(RANKS_FEATURE)
@@ -105,6 +110,7 @@ def new_header(
         tokenizer=tokenizer,
         packing=packing,
         tables=tuple(tables),
+        images=images,
         configuration=dict(configuration),
         configuration_sha256=sha256_hex(canonical_json(dict(configuration))),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+from logitstore.record.views import VIEW_COLUMNS
 from logitstore.spec.errors import UsageError
-from logitstore.spec.header import AUX_FIELDS
+from logitstore.spec.header import AUX_FIELDS, Images
 from logitstore.spec.schema import Column, Group, Schema
 from logitstore.spec.signals import (
     HEAD_STEP,
@@ -231,6 +232,7 @@ def build_schema(
     labelled: bool = True,
     loss_mask: bool = False,
     num_always: int = 0,
+    images: Images | None = None,
 ) -> Schema:
     """All columns in stored order.
 
@@ -241,6 +243,7 @@ def build_schema(
         loss_mask: store a mask; without it the mask follows from the segments (last row of each is
             0).
         num_always: number of control tokens stored at every position.
+        images: what is kept of images; None: nothing.
     """
     columns = [
         Column(name="sample_lengths", dtype="uint32", axis="sample"),
@@ -254,6 +257,16 @@ def build_schema(
         columns.append(Column(name="segment_ids", dtype="uint16", axis="position"))
     elif labelled:
         columns.append(Column(name="label", dtype=ids, axis="position"))
+    if images is not None and images.augmentation is not None:
+        columns += [
+            Column(name=name, dtype=dtype, axis="sample") for name, dtype in VIEW_COLUMNS.items()
+        ]
+    if images is not None and images.thumbnail_shape is not None:
+        columns.append(Column(name="num_thumbnail", dtype="uint8", axis="sample"))
+        columns.append(
+            Column(name="thumbnail", dtype="uint8", axis="thumbnail", inner=images.thumbnail_shape)
+        )
+        groups.append(Group(name="thumbnail", owner="sample"))
     if loss_mask:
         columns.append(Column(name="loss_mask", dtype="bool", axis="position"))
     for name in aux:

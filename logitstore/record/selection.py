@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from logitstore.record.random import key_of, uniform
 from logitstore.record.record import Record
 from logitstore.record.sequences import loss_mask
+from logitstore.record.views import image_key
 from logitstore.spec.errors import UsageError
 from logitstore.spec.header import Header
 
@@ -51,9 +52,9 @@ class Condition:
 
     Attributes:
         field: `length` (positions), `labels` (positions that count), `sample_key`, `label` (the
-            class, classification only), or `<column>.mean|min|max` over the positions that count,
-            for any stored column with one value per position. A sample without such positions
-            fails.
+            class, classification only), `view` (number of the view of its image), or
+            `<column>.mean|min|max` over the positions that count, for any stored column with one
+            value per position. A sample without such positions fails.
     """
 
     field: str
@@ -82,8 +83,8 @@ class Condition:
             return record["sample_lengths"], always
         if self.field == "sample_key":
             return np.array(record.sample_keys(), dtype=object), always
-        if self.field == "label":
-            return record["label"], always
+        if self.field in ("label", "view"):
+            return record[self.field], always
         counted_P = loss_mask(record)
         sample_P = np.repeat(np.arange(record.num_samples), record["sample_lengths"])[counted_P]
         counts_S = np.bincount(sample_P, minlength=record.num_samples)
@@ -135,6 +136,8 @@ def _fields(header: Header) -> list[str]:
         fields.append("labels")
     elif header.schema_.column("label") is not None:
         fields.append("label")
+    if header.schema_.column("view") is not None:
+        fields.append("view")
     structure = {"tokens", "segment_ids", "loss_mask", "label"}
     for column in header.schema_.columns:
         if column.axis == "position" and not column.inner and column.name not in structure:
@@ -168,7 +171,11 @@ class Selection:
         """bool [S]: which of a chunk's samples are used."""
         keep_S = np.ones(record.num_samples, bool)
         if self.holdout:
-            held_S = np.array([in_holdout(key, self.holdout) for key in record.sample_keys()])
+            keys = record.sample_keys()
+            if record.schema.column("view") is not None:
+                # All views of an image stand on one side.
+                keys = [image_key(key) for key in keys]
+            held_S = np.array([in_holdout(key, self.holdout) for key in keys])
             keep_S &= held_S if self.split == "validation" else ~held_S
         for condition in self.conditions:
             keep_S &= condition.holds(record)

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, JsonValue, model_validator
 from logitstore.spec.document import Document, Strict
 from logitstore.spec.errors import FormatError
 from logitstore.spec.id_ranks import RANKS_FEATURE
+from logitstore.spec.images import IMAGES_FEATURE, Augmentation, Images
 from logitstore.spec.schema import Schema
 from logitstore.spec.signals import SignalSpec
 
@@ -16,7 +17,9 @@ __all__ = [
     "AUX_FIELDS",
     "FORMAT_VERSION",
     "READER_FEATURES",
+    "Augmentation",
     "Header",
+    "Images",
     "Packing",
     "Software",
     "TableRef",
@@ -27,7 +30,7 @@ __all__ = [
 FORMAT_VERSION = 1
 
 # Features this version can read. A store that needs another one is refused by name.
-READER_FEATURES: frozenset[str] = frozenset({"pairs", RANKS_FEATURE})
+READER_FEATURES: frozenset[str] = frozenset({IMAGES_FEATURE, "pairs", RANKS_FEATURE})
 
 # Optional per-position fields, in stored order. `lse_at` is listed by temperature in the header
 # instead.
@@ -146,6 +149,7 @@ class Header(Document):
         seed: of the counter-based random function.
         commit_mode: "create-only" where the storage refuses to overwrite; "single-writer" where it
             does not, and only one process may commit.
+        images: of classification samples, where the store keeps views or thumbnails.
         configuration: everything that decides the stored bytes, for people and for the diff on
             resume.
         configuration_sha256: of the canonical JSON of `configuration`.
@@ -174,6 +178,7 @@ class Header(Document):
     tokenizer: TokenizerInfo | None = None
     packing: Packing | None = None
     tables: tuple[TableRef, ...] = ()
+    images: Images | None = None
     configuration: dict[str, JsonValue]
     configuration_sha256: Sha256
 
@@ -187,6 +192,18 @@ class Header(Document):
             raise ValueError("a sequence store needs the column tokens")
         if len(set(self.lse_at)) != len(self.lse_at):
             raise ValueError("lse_at temperatures must differ")
+        images = self.images
+        if (images is not None) != (IMAGES_FEATURE in self.reader_features):
+            raise ValueError(f"images and the feature {IMAGES_FEATURE} come together")
+        if images is not None and self.sample_kind == "sequence":
+            raise ValueError("sequences are no images")
+        views = images is not None and images.augmentation is not None
+        if views != (self.schema_.column("view") is not None):
+            raise ValueError("an augmentation and the column view come together")
+        shape = None if images is None else images.thumbnail_shape
+        column = self.schema_.column("thumbnail")
+        if shape != (None if column is None else column.inner):
+            raise ValueError("thumbnails have another shape than the images say")
         return self
 
     @property

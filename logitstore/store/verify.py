@@ -17,6 +17,7 @@ from logitstore.containers import container
 from logitstore.containers.protocol import crc32c
 from logitstore.containers.ranked import ranked
 from logitstore.record.statistics import merge
+from logitstore.record.views import check_views
 from logitstore.spec.commit import Commit
 from logitstore.spec.errors import IntegrityError, LogitstoreError
 from logitstore.spec.header import Header
@@ -246,7 +247,8 @@ class _Verifier:
                     with checking():
                         chunk = data[start : start + length]
                         check_chunk(chunk, commit, number, where)
-                        kind.decode(chunk, header, commit, number, verified=True)
+                        record = kind.decode(chunk, header, commit, number, verified=True)
+                        check_views(record, header, where=f"{where} chunk {number}")
             if digest.hexdigest() != commit.object.sha256:
                 raise IntegrityError(
                     "object-hash-mismatch",

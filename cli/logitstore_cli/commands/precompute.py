@@ -121,6 +121,22 @@ class Separator(click.ParamType[str]):
     show_default=True,
     help="Classification: of a forward pass.",
 )
+@click.option(
+    "--views",
+    type=int,
+    help="Classification of images: views of each, the image as it is among them.",
+)
+@click.option(
+    "--crop-padding",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Of --views: shift by up to so many pixels.",
+)
+@click.option("--flip/--no-flip", default=True, help="Of --views: mirror half of them.")
+@click.option(
+    "--keep-thumbnails", is_flag=True, help="Classification: keep a picture of each image to view."
+)
 @click.option("--max-tokens", type=int, help="Capture only so many tokens of the corpus.")
 @click.option("--shard-tokens", type=int, help="Tokens of a shard; default: two minutes' worth.")
 @click.option(
