@@ -71,6 +71,11 @@ class LocalBackend:
         self._durable_folders: set[Path] = set()
         self._mappings: ProcessLRU[str, mmap.mmap] = ProcessLRU(MAX_MAPPINGS, _one)
 
+    @property
+    def open_objects(self) -> int:
+        """Files of objects that are held open."""
+        return len(self._mappings)
+
     # reading
 
     def get(self, key: str, *, limit_bytes: int, sha256: str | None = None) -> bytes | None:

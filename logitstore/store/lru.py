@@ -38,6 +38,9 @@ class ProcessLRU(Generic[K, V]):
         self._values: OrderedDict[K, V] = OrderedDict()
         self._held = 0
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def get(self, key: K) -> V | None:
         """The value, None when it is not held."""
         if self._pid != os.getpid():

@@ -13,6 +13,8 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from logitstore.spec.errors import IntegrityError
+
 __all__ = [
     "CACHE_READS",
     "CONNECTIONS",
@@ -27,6 +29,7 @@ __all__ = [
     "ROWS",
     "STREAM_SECONDS",
     "VERIFY_FAILURES",
+    "count_damage",
     "exposition",
 ]
 
@@ -62,7 +65,10 @@ RESPONSE_BYTES = Counter(
     registry=_REGISTRY,
 )
 ROWS = Counter(
-    "logitstore_rows", "Samples sent decoded, not as stored bytes.", ["store"], registry=_REGISTRY
+    "logitstore_rows",
+    "Samples decoded for answers and in searches; what is sent as stored bytes is not.",
+    ["store"],
+    registry=_REGISTRY,
 )
 IN_FLIGHT = Gauge(
     "logitstore_requests_in_flight",
@@ -78,19 +84,19 @@ CONNECTIONS = Gauge(
 )
 OPEN_SHARDS = Gauge(
     "logitstore_open_shards",
-    "Shard objects held open.",
+    "Files of shard objects held open, as of each worker's last request.",
     multiprocess_mode="livesum",
     registry=_REGISTRY,
 )
 CACHE_READS = Counter(
     "logitstore_cache_reads",
-    "Lookups in the caches of documents and chunks; result is hit or miss.",
+    "Lookups of stores' documents in memory; result is hit or miss.",
     ["result"],
     registry=_REGISTRY,
 )
 VERIFY_FAILURES = Counter(
     "logitstore_verify_failures",
-    "Stored bytes that were not the committed bytes, by kind of error.",
+    "Answers that stored bytes other than the committed ones spoilt, by kind of error.",
     ["kind"],
     registry=_REGISTRY,
 )
@@ -106,6 +112,17 @@ DROPPED_CONNECTIONS = Counter(
     ["reason"],
     registry=_REGISTRY,
 )
+
+
+def count_damage(error: BaseException) -> None:
+    """Count an error, if it says that stored bytes are not the committed bytes."""
+    # A failure after an answer has begun reaches us as the cause of another.
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, IntegrityError):
+            VERIFY_FAILURES.labels(found.kind).inc()
+            return
+        found = found.__cause__
 
 
 def exposition() -> bytes:

@@ -14,9 +14,11 @@ from logitstore_server.auth import store_in
 from logitstore_server.metrics import (
     FIRST_BYTE_SECONDS,
     IN_FLIGHT,
+    OPEN_SHARDS,
     REQUESTS,
     RESPONSE_BYTES,
     STREAM_SECONDS,
+    count_damage,
 )
 from logitstore_server.problems import ServiceError, send_problem
 
@@ -43,6 +45,7 @@ class Observation:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._open_shards = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +57,7 @@ class Observation:
         try:
             await self._app(scope, receive, watched.send)
         except Exception as error:
+            count_damage(error)
             await _log.aerror("request failed", exc_info=error)
             if not watched.status:
                 failure = ServiceError("internal", "the service failed; its log says why")
@@ -63,7 +67,15 @@ class Observation:
         finally:
             IN_FLIGHT.dec()
             watched.report()
+            self._count_open(scope)
             structlog.contextvars.clear_contextvars()
+
+    def _count_open(self, scope: Scope) -> None:
+        """Shard files stay open between requests, and only requests open them."""
+        registry = getattr(getattr(scope.get("app"), "state", None), "registry", None)
+        if registry is not None and registry.open_shards != self._open_shards:
+            self._open_shards = registry.open_shards
+            OPEN_SHARDS.set(self._open_shards)
 
 
 class _Watched:

@@ -30,6 +30,7 @@ from logitstore.spec.errors import (
     StorageError,
     UsageError,
 )
+from logitstore_server.metrics import count_damage
 
 __all__ = [
     "PROBLEM_MEDIA_TYPE",
@@ -205,6 +206,7 @@ def _detail(error: LogitstoreError, status: int) -> str:
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, LogitstoreError)
+    count_damage(error)
     if status_of(error) >= 500:
         _log.warning("request %s failed: %s", request_id_of(request.scope), error.message)
     return problem(error, request.scope)

@@ -35,6 +35,7 @@ from logitstore.spec.signals import TopKSpec
 from logitstore.store import Store
 from logitstore.store.documents import object_key
 from logitstore_server.json_values import plain
+from logitstore_server.metrics import ROWS
 from logitstore_server.problems import ServiceError
 from logitstore_server.routing import ServedByName, problems, settings_of
 from logitstore_server.sending import forget_mapped, send_blocks
@@ -184,6 +185,7 @@ def batches(
             numbers.append(sample)
             rows.append(row)
         record = store.read_chunk(shard, chunk, wanted.read)
+        ROWS.labels(opened.name).inc(len(numbers))
         yield numbers, _cut(_rows(record, rows), store.header, wanted)
         _forget(opened, shard, chunk)
 

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import pyarrow as pa
 
@@ -38,9 +39,11 @@ from logitstore.store.documents import (
     load_table,
     parse_object_name,
 )
+from logitstore.store.local import LocalBackend
 from logitstore.store.lru import ProcessLRU
 from logitstore.store.reader import sum_column_bytes
 from logitstore_server.access import visible_stores
+from logitstore_server.metrics import CACHE_READS
 from logitstore_server.problems import store_not_found
 from logitstore_server.settings import StoreEntry
 
@@ -81,6 +84,7 @@ class Opened:
     """A store at one snapshot.
 
     Attributes:
+        name: in URLs.
         store: reads its samples.
         index: of the sealed store, or what `seal` would write now.
         document: the index's bytes.
@@ -89,12 +93,25 @@ class Opened:
         backend: reads bytes of them.
     """
 
+    name: str
     store: Store
     index: Index
     document: Document
     sealed: bool
     objects: dict[str, ObjectRef]
     backend: Backend
+
+
+V = TypeVar("V")
+
+
+class _CountedLRU(ProcessLRU[str, V], Generic[V]):
+    """Counts what is found in it."""
+
+    def get(self, key: str) -> V | None:
+        found = super().get(key)
+        CACHE_READS.labels("miss" if found is None else "hit").inc()
+        return found
 
 
 class ServedStore:
@@ -113,7 +130,7 @@ class ServedStore:
         self._checked_s = float("-inf")
         # shard, generation -> what its commit says; only of an unsealed store
         self._held: dict[tuple[str, int], _Held] = {}
-        self._documents: ProcessLRU[str, Document] = ProcessLRU(_CACHED_BYTES, _size)
+        self._documents: _CountedLRU[Document] = _CountedLRU(_CACHED_BYTES, _size)
         self._old_objects: ProcessLRU[str, ObjectRef] = ProcessLRU(10_000, _one)
         self._tokenizer: TokenizerTable | None = None
 
@@ -121,6 +138,11 @@ class ServedStore:
     def local(self) -> bool:
         """Whether its objects are files of this machine."""
         return self.backend.location.kind == "local"
+
+    @property
+    def open_shards(self) -> int:
+        """Files of shard objects that this process holds open."""
+        return self.backend.open_objects if isinstance(self.backend, LocalBackend) else 0
 
     def cache_control(self, *, immutable: bool) -> str:
         """The header's value for an object or document of the store."""
@@ -250,7 +272,7 @@ class ServedStore:
             for row in index.shards
         }
         store = Store(self.backend, header, index, index.shards)
-        return Opened(store, index, found, sealed, objects, self.backend)
+        return Opened(self.name, store, index, found, sealed, objects, self.backend)
 
     def _index_now(self, header: Header, header_sha256: str) -> Index:
         """What `seal` would write if the store were complete; equal in every process."""
@@ -299,6 +321,11 @@ class Registry:
     def all(self) -> list[ServedStore]:
         """Every store, whoever asks; for the service itself."""
         return list(self._stores.values())
+
+    @property
+    def open_shards(self) -> int:
+        """Files of shard objects that this process holds open."""
+        return sum(served.open_shards for served in self._stores.values())
 
     def close(self) -> None:
         """Release all files and connections."""

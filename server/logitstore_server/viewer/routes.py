@@ -30,6 +30,7 @@ from logitstore.spec.errors import (
 )
 from logitstore.store import Store
 from logitstore.store.lru import ProcessLRU
+from logitstore_server.metrics import count_damage
 from logitstore_server.viewer import formats
 from logitstore_server.viewer.compare import compare_sample, compare_stores
 from logitstore_server.viewer.find import find
@@ -214,6 +215,7 @@ class _Viewer:
 
     def told(self, error: LogitstoreError) -> Data:
         """An error's parts; of storage that fails, readers learn no address and no host."""
+        count_damage(error)
         told: Data = self.public(error.as_dict())
         if isinstance(error, StorageError) and not self.show_locations:
             told |= _NOTHING
