@@ -126,7 +126,11 @@ class SampleEncoder:
         for name in self._parts[0]:
             columns[name] = np.concatenate([part[name] for part in self._parts])
         lengths = np.asarray(self._lengths)
-        mask = self._labels_P.numpy() >= 0
+        # The rows of `record.sequences.loss_mask`.
+        sequence = self._header.sample_kind == "sequence"
+        mask = self._labels_P.numpy() >= 0 if sequence else np.ones(len(self._names_P), np.bool_)
+        if "loss_mask" in columns:
+            mask = mask & columns["loss_mask"].astype(np.bool_)
         segments = columns.get("segment_ids", np.zeros(len(mask), np.uint16))
         columns = self._encoder.complete(columns, Completion(lengths, segments, mask))
         return sample_record(self._header, self._keys, self._lengths, columns)

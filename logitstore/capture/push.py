@@ -315,6 +315,7 @@ class PushWriter:
 
     def _take(self, record: Record, beside: Statistics) -> None:
         self._added += 1
+        self._statistics.append(beside)
         for chunk in self._chunker.add(record):
             self._write(chunk)
         self._held[0] += 1
@@ -339,7 +340,6 @@ class PushWriter:
         self.num_positions += commit.positions
         self._attempt, self._statistics, self._held = None, [], [0, 0, 0]
 
-        self._statistics.append(beside)
     def close(self) -> None:
         """Commit what is left and end; harmless when closed."""
         if self._open:

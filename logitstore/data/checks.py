@@ -14,7 +14,7 @@ from logitstore.record.threshold import decode_threshold
 from logitstore.record.views import VIEW_COLUMNS, check_views
 from logitstore.spec.errors import AlignmentError
 from logitstore.spec.header import Header
-from logitstore.spec.signals import SampledSpec, ThresholdSpec
+from logitstore.spec.signals import Q8_MOST_STEPS, SampledSpec, ThresholdSpec
 from logitstore.spec.tokenizer_pieces import table_of
 from logitstore.spec.tokenizer_table import TokenizerTable
 from logitstore.store import Store
@@ -217,9 +217,12 @@ def _contradiction_topk(record: Record, header: Header) -> str | None:
     step = column.step if column is not None and column.step is not None else 0.0
     ids_E, probs_E, counts_P = _entries(record, header)
     position_E = np.repeat(np.arange(record.num_positions), counts_P)
-    label_logprob_P = record["label_logprob"].astype(np.float64)
+    # An impossible label is compared with what the list can say of it.
+    floor = -step * Q8_MOST_STEPS if step else float(np.log(np.finfo(np.float64).tiny))
+    label_logprob_P = np.maximum(record["label_logprob"].astype(np.float64), floor)
     tolerance_P = _rounding(label_logprob_P) + step
-    logprobs_E = np.log(np.maximum(probs_E, np.finfo(np.float64).tiny))
+    with np.errstate(divide="ignore"):
+        logprobs_E = np.maximum(np.log(probs_E), floor)
     least_P = np.full(record.num_positions, np.inf)
     np.minimum.at(least_P, position_E, logprobs_E)
     wrong_P = label_logprob_P > least_P + tolerance_P

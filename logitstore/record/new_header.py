@@ -74,6 +74,14 @@ def new_header(
         )
     names = aux_fields(signal, vocab_size, aux, sample_kind=sample_kind, labelled=labelled)
     temperatures = tuple(float(t) for t in lse_at)
+    if signal.kind == "scores" and (always or temperatures or loss_mask):
+        raise UsageError(
+            "bad-argument",
+            "scores of given candidates are no distribution over the vocabulary",
+            where=f"signal {signal}",
+            got="always-ids, lse_at or a loss mask",
+            expected="none of them; an id that is always needed can be a candidate",
+        )
     schema = build_schema(
         signal,
         vocab_size=vocab_size,

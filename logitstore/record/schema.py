@@ -11,6 +11,7 @@ from logitstore.spec.header import AUX_FIELDS, Images
 from logitstore.spec.schema import Column, Group, Schema
 from logitstore.spec.signals import (
     HEAD_STEP,
+    Q8_STEP,
     DenseSpec,
     GraphSpec,
     SampledSpec,
@@ -48,7 +49,7 @@ _Layout = tuple[list[Column], list[Group], tuple[str, ...], frozenset[str]]
 
 
 def _topk(spec: TopKSpec, vocab_size: int) -> _Layout:
-    step = 1 / 16 if spec.coding == "q8" else None
+    step = Q8_STEP if spec.coding == "q8" else None
     axis, inner = ("position", (spec.k,)) if spec.p is None else ("ids", ())
     columns = [
         Column(name="ids", dtype="uint32", axis=axis, inner=inner),

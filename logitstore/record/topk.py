@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.record.record import Record
+from logitstore.spec.signals import Q8_MOST_STEPS, Q8_STEP
 
 __all__ = ["narrow_topk"]
 
@@ -45,7 +46,7 @@ def narrow_topk(
             tail = np.log(dropped + np.exp(record["log_tail"].astype(np.float64)))
         columns["log_tail"] = np.where(dropped > 0, tail, record["log_tail"])
     if q8:
-        logprobs = np.clip(np.rint(logprobs * -16), 0, 255) / -16
+        logprobs = np.clip(np.rint(logprobs / -Q8_STEP), 0, Q8_MOST_STEPS) * -Q8_STEP
     if p is None:
         columns["ids"], columns["logprobs"] = ids[:, :k], logprobs[:, :k]
     else:

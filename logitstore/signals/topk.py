@@ -8,7 +8,7 @@ from torch import Tensor
 from logitstore.signals.encoder import Rows, register
 from logitstore.signals.selection import exact_topk
 from logitstore.spec.header import Header
-from logitstore.spec.signals import TopKSpec
+from logitstore.spec.signals import Q8_MOST_STEPS, TopKSpec
 
 __all__ = ["TopKEncoder", "log_mass_outside"]
 
@@ -43,8 +43,8 @@ class TopKEncoder:
 
 
 def _rounded(logprobs: Tensor, step: float) -> Tensor:
-    """Nearest multiple of -step that one byte holds."""
-    return torch.round(logprobs / -step).clamp_(0, 255) * -step
+    """Nearest multiple of -step."""
+    return torch.round(logprobs / -step).clamp_(0, Q8_MOST_STEPS) * -step
 
 
 def log_mass_outside(rows: Rows, ids_RK: Tensor) -> Tensor:

@@ -44,6 +44,10 @@ EMPTY_SLOT = 0xFFFFFFFF
 # Step of threshold head log-probs, nats.
 HEAD_STEP = 1 / 64
 
+# Step of q8 log-probs, nats, and the most steps: float16 holds all multiples down to -128.
+Q8_STEP = 1 / 16
+Q8_MOST_STEPS = 2047
+
 
 class DenseSpec(Strict):
     """Every raw logit."""
@@ -62,7 +66,7 @@ class TopKSpec(Strict):
     kind: Literal["topk"] = "topk"
     k: Annotated[int, Field(ge=1, le=MAX_IDS)]
     p: Annotated[float, Field(gt=0, le=1)] | None = None
-    # q8: log-probs in steps of 1/16 nat, one byte, within 1/32; the largest exact in top1_logprob.
+    # q8: log-probs in steps of 1/16 nat, within 1/32; the largest exact in top1_logprob.
     coding: Literal["f16", "q8"] = "f16"
 
     def __str__(self) -> str:
