@@ -48,6 +48,19 @@ class Scale:
         """Whether greater values are less sure."""
         return self.breaks[-1] > self.breaks[0]
 
+    def as_dict(self, *, source: str, how: str) -> dict[str, Any]:
+        """For pages and their script."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "unit": self.unit,
+            "source": source,
+            "how": how,
+            "breaks": list(self.breaks),
+            "rising": self.rising,
+            "digits": self.digits,
+        }
+
     def levels(self, values: Values) -> NDArray[np.int64]:
         """int64, 0 to len(breaks); -1 where there is no value."""
         sign = 1.0 if self.rising else -1.0

@@ -68,11 +68,28 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_lm_dir: Path) -> Iterato
         each.close()
 
 
+def until(page: Any, expression: str) -> None:
+    """Wait until an expression holds. The driver's own wait would need unsafe-eval in the page."""
+    for _ in range(400):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(25)
+    pytest.fail(f"never true: {expression}")
+
+
+# Charts are drawn before a page has loaded; what a position keeps comes a moment later.
+SETTLED = (
+    "(p => !p || p.dataset.position !== undefined || p.querySelector('.problem') !== null)"
+    "(document.querySelector('#panel'))"
+)
+
+
 class Look:
     """A page of a fresh profile. Anything that a script logs as an error, or asks of another host,
     is collected."""
 
     def __init__(self, browser: Any, site: str, **options: Any) -> None:
+        self.scripts = options.get("java_script_enabled", True)
         self.context = browser.new_context(**options)
         self.site = site
         self.complaints: list[str] = []
@@ -83,10 +100,11 @@ class Look:
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
 
     def open(self, path: str) -> Any:
-        """The page at the path, once it is quiet."""
+        """The page at the path, once everything it shows at first is there."""
         answer = self.page.goto(self.site + path)
         assert answer is not None
-        self.page.wait_for_load_state("networkidle")
+        if self.scripts:
+            until(self.page, SETTLED)
         return self.page
 
     def _console(self, message: Any) -> None:

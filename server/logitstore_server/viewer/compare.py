@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.display.entries import Entries
+from logitstore.display.measures import Scale
 from logitstore.spec.errors import AlignmentError, LogitstoreError, NotFoundError, UsageError
 from logitstore_server.viewer.sample_page import ViewedSample, number
 from logitstore_server.viewer.viewed_store import ViewedStore
 
-__all__ = ["COMPARISONS", "compare_position", "compare_sample", "compare_stores"]
+__all__ = ["COMPARISONS", "ComparedSample", "compare_position", "compare_stores"]
 
 # Samples of one answer, positions of each that are compared, and rows shown.
 MAX_SAMPLES = 8
@@ -36,6 +37,21 @@ COMPARISONS = {
     "missed": ("A outside B's ids", "share of A's mass on ids that B does not tell; at most this"),
     "overlap": (f"Overlap@{OVERLAP}", f"share of the {OVERLAP} most probable ids that both name"),
     "agree": ("Top-1 agreement", "1: the same most probable id"),
+}
+
+
+# The heat map's colours: a stronger one says that the stores disagree more.
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale("kl", "KL(A‖B)", "nats", (0.01, 0.03, 0.1, 0.3, 0.6, 1.2, 2.5), None),
+        Scale("js", "Jensen–Shannon", "nats", (0.003, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5), None),
+        Scale("missed", "A outside B's ids", "", (0.01, 0.03, 0.05, 0.1, 0.2, 0.35, 0.5), None),
+        Scale(
+            "overlap", f"Overlap@{OVERLAP}", "", (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35), None, 2
+        ),
+        Scale("agree", "Top-1 agreement", "", (0.5,) * 7, None, 0),
+    )
 }
 
 
@@ -65,55 +81,110 @@ def compare_position(a: Entries, b: Entries, vocab_size: int) -> dict[str, Any]:
     return out
 
 
-def compare_sample(a: ViewedStore, b: ViewedStore, sample: int, order: str) -> dict[str, Any]:
-    """One sample of both stores, positions sorted by disagreement.
+class ComparedSample:
+    """One sample of two stores.
+
+    Attributes:
+        one, other: the sample in each.
+        rows: what `compare_position` tells of each position that both tell something about, of at
+            most `MAX_POSITIONS`; in order.
 
     Raises: UsageError bad-argument when the stores do not hold the same tokens there; what reading
     raises.
     """
-    if order not in (*COMPARISONS, "position"):
-        expected = ", ".join([*COMPARISONS, "position"])
-        raise UsageError("bad-argument", "no such order", where="order", expected=expected)
-    one, other = _pair(a, b, sample)
-    rows = []
-    glyphs = a.glyphs
-    for position in range(min(one.positions, MAX_POSITIONS)):
-        of_a, of_b = one.entries.at(position), other.entries.at(position)
-        if of_a is None or of_b is None:
-            continue
-        rows.append(
-            {
-                "position": position,
-                **compare_position(of_a, of_b, a.header.vocab_size),
-                "token": glyphs(int(one.record["tokens"][position])).text
-                if "tokens" in one.record
-                else "",
-                "a_top": None if of_a.top1 is None else glyphs(of_a.top1).text,
-                "b_top": None if of_b.top1 is None else glyphs(of_b.top1).text,
-            }
-        )
-    if order != "position":
-        least_first = order in ("overlap", "agree")
-        rows.sort(key=lambda row: _sort_key(row[order], least_first))
-    return {
-        "a": a.name,
-        "b": b.name,
-        "a_signal": str(a.header.signal),
-        "b_signal": str(b.header.signal),
-        "sample": sample,
-        "sample_in_b": other.number,
-        "samples": a.store.num_samples,
-        "sample_key": one.key,
-        "positions": one.positions,
-        "compared": len(rows),
-        "order": order,
-        "comparisons": [[name, title, what] for name, (title, what) in COMPARISONS.items()],
-        "means": _means(rows),
-        "exact": bool(rows) and all(row["exact"] for row in rows),
-        "rows": [_rounded(row) for row in rows[:MAX_ROWS]],
-        "truncated": len(rows) > MAX_ROWS,
-        "partial": one.positions > MAX_POSITIONS,
-    }
+
+    def __init__(self, a: ViewedStore, b: ViewedStore, sample: int) -> None:
+        self.one, self.other = _pair(a, b, sample)
+        self.rows: list[dict[str, Any]] = []
+        glyphs = a.glyphs
+        record = self.one.record
+        for position in range(min(self.one.positions, MAX_POSITIONS)):
+            of_a, of_b = self.one.entries.at(position), self.other.entries.at(position)
+            if of_a is None or of_b is None:
+                continue
+            found = compare_position(of_a, of_b, a.header.vocab_size)
+            token = glyphs(int(record["tokens"][position])).text if "tokens" in record else ""
+            tops = [None if of.top1 is None else glyphs(of.top1).text for of in (of_a, of_b)]
+            self.rows.append(
+                {
+                    "position": position,
+                    **found,
+                    "token": token,
+                    "a_top": tops[0],
+                    "b_top": tops[1],
+                }
+            )
+
+    def tokens(self, start: int, count: int) -> dict[str, Any]:
+        """Text of consecutive positions, with the comparisons as its measures."""
+        body = self.one.tokens(start, count)
+        row = {row["position"]: row for row in self.rows}
+        shown = range(body["from"], body["from"] + body["count"])
+        body["measures"] = {
+            name: [
+                None if p not in row or row[p][name] is None else number(row[p][name])
+                for p in shown
+            ]
+            for name in COMPARISONS
+        }
+        return body
+
+    def page(self, order: str, measure: str, position: int) -> dict[str, Any]:
+        """Everything the page shows except tokens and entries: the positions that disagree most
+        first.
+
+        Raises: UsageError bad-argument.
+        """
+        for name, given, known in (
+            ("order", order, (*COMPARISONS, "position")),
+            ("measure", measure, tuple(COMPARISONS)),
+        ):
+            if given and given not in known:
+                raise UsageError(
+                    "bad-argument", f"no such {name}", where=name, expected=", ".join(known)
+                )
+        order = order or "kl"
+        one, a, b = self.one, self.one.viewed, self.other.viewed
+        rows = list(self.rows)
+        if order != "position":
+            least_first = order in ("overlap", "agree")
+            rows.sort(key=lambda row: _sort_key(row[order], least_first))
+        exact = bool(rows) and all(row["exact"] for row in rows)
+        return {
+            "a": a.name,
+            "b": b.name,
+            "a_signal": str(a.header.signal),
+            "b_signal": str(b.header.signal),
+            "sample_kind": a.header.sample_kind,
+            "sample": one.number,
+            "sample_in_b": self.other.number,
+            "samples": a.store.num_samples,
+            "sample_key": one.key,
+            "positions": one.positions,
+            "position": min(position, max(one.positions - 1, 0)),
+            "mapped": min(one.positions, MAX_POSITIONS),
+            "compared": len(rows),
+            "order": order,
+            "measure": measure or (order if order in COMPARISONS else "kl"),
+            "measures": [_measure(name, rows, exact) for name in COMPARISONS],
+            "comparisons": [[name, title, what] for name, (title, what) in COMPARISONS.items()],
+            "means": _means(rows),
+            "exact": exact,
+            "rows": [_rounded(row) for row in rows[:MAX_ROWS]],
+            "truncated": len(rows) > MAX_ROWS,
+            "partial": one.positions > MAX_POSITIONS,
+        }
+
+
+def _measure(name: str, rows: list[dict[str, Any]], exact: bool) -> dict[str, Any]:
+    """A comparison as the heat map's script takes a measure."""
+    scale, (_, what) = SCALES[name], COMPARISONS[name]
+    known = any(row[name] is not None for row in rows)
+    source = "unavailable"
+    if known:
+        source = "lower bound" if name in ("kl", "js") and not exact else "derived"
+    how = what if known else f"{what}; these records do not tell it"
+    return scale.as_dict(source=source, how=how)
 
 
 def compare_stores(a: ViewedStore, b: ViewedStore, first: int) -> dict[str, Any]:
@@ -124,7 +195,7 @@ def compare_stores(a: ViewedStore, b: ViewedStore, first: int) -> dict[str, Any]
     problems = []
     for sample in range(first, min(first + MAX_SAMPLES, total)):
         try:
-            found = compare_sample(a, b, sample, "kl")
+            found = ComparedSample(a, b, sample).page("kl", "kl", 0)
         except LogitstoreError as error:
             problems.append({"sample": sample, **error.as_dict()})
             continue

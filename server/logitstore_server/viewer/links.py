@@ -14,6 +14,9 @@ class Links:
         root: that path, without a final slash.
     """
 
+    # Whether a server answers: searches, further ids, checks.
+    live = True
+
     def __init__(self, root: str = "") -> None:
         self.root = root.rstrip("/")
 
@@ -44,6 +47,23 @@ class Links:
     def sample(self, name: str, sample: int, **query: object) -> str:
         """One sample."""
         return self._at("stores", name, "samples", sample, **query)
+
+    def tokens(self, name: str, sample: int) -> str:
+        """A sample's text in pieces; for the script, which fills in the {names}."""
+        return self.sample(name, sample) + "/tokens.json?from={from}&count={count}"
+
+    def kept(self, name: str, sample: int) -> str:
+        """What positions of a sample keep; for the script, which fills in the {names}."""
+        return self.sample(name, sample) + "/kept.json?from={from}&count={count}&top={top}"
+
+    def compared_tokens(self, sample: int, **query: object) -> str:
+        """A sample's text with measures of two stores' disagreement, in pieces."""
+        address = self._at("compare", "samples", sample, "tokens.json", **query)
+        return address + "&from={from}&count={count}"
+
+    def picture(self, name: str, sample: int, **query: object) -> str:
+        """The picture of one sample."""
+        return self._at("stores", name, "samples", sample, "image.png", **query)
 
     def find(self, name: str, **query: object) -> str:
         """A search in one store."""

@@ -32,7 +32,7 @@ from logitstore.store import Store
 from logitstore.store.lru import ProcessLRU
 from logitstore_server.metrics import count_damage
 from logitstore_server.viewer import formats
-from logitstore_server.viewer.compare import compare_sample, compare_stores
+from logitstore_server.viewer.compare import ComparedSample, compare_stores
 from logitstore_server.viewer.find import find
 from logitstore_server.viewer.links import Links
 from logitstore_server.viewer.sample_page import MAX_TOKENS, TOP_SHOWN, ViewedSample
@@ -91,6 +91,9 @@ class _Viewer:
             _HELD_POSITIONS, _positions_held
         )
         self._pages = Environment(
+        self._pairs: ProcessLRU[tuple[str, str, int], ComparedSample] = ProcessLRU(
+            _HELD_POSITIONS, lambda pair: len(pair.rows) + 1
+        )
             loader=PackageLoader("logitstore_server.viewer"),
             autoescape=True,
             undefined=StrictUndefined,
@@ -125,6 +128,16 @@ class _Viewer:
         return self._samples.put((name, number), sample)
 
     def render(self, request: Request, template: str, status: int = 200, **data: Any) -> Response:
+    def compared(self, a: str, b: str, number: int) -> ComparedSample:
+        """A sample of two stores; held for a while."""
+        stores = self.viewed(a), self.viewed(b)
+        held = self._pairs.get((a, b, number))
+        if held is not None and (held.one.viewed, held.other.viewed) == stores:
+            return held
+        if held is not None:
+            self._pairs.clear()
+        return self._pairs.put((a, b, number), ComparedSample(*stores, number))
+
         """A page."""
         theme = request.cookies.get(THEME_COOKIE)
         links = Links(request.scope.get("root_path", ""))
@@ -311,11 +324,23 @@ def viewer_routes(
     def compare_one(request: Request) -> Data:
         a, b = pair(request)
         query = request.query_params
-        return compare_sample(a, b, request.path_params["sample"], query.get("order", "kl"))
+        position = _integer(request, "position", 0)
+        return compared(request).page(query.get("order", ""), query.get("measure", ""), position)
+
+    def compare_tokens(request: Request) -> Data:
+        return compared(request).tokens(
+            _integer(request, "from", 0), _integer(request, "count", MAX_TOKENS)
+        )
 
     routes.append(Route("/stores.json", _guarded(lambda request: viewer.json(request, home))))
     routes.append(Route("/", _guarded(viewer.page("stores.html", home)[0])))
     sample_path = "/stores/{store}/samples/{sample:int}"
+    def compared(request: Request) -> ComparedSample:
+        query = request.query_params
+        return viewer.compared(
+            query.get("a", ""), query.get("b", ""), request.path_params["sample"]
+        )
+
     data(f"{sample_path}/tokens.json", tokens)
     data(f"{sample_path}/kept.json", kept)
     page(sample_path, "sample.html", show_sample)
@@ -330,6 +355,7 @@ def viewer_routes(
 
 def viewer_app(stores: Mapping[str, Store]) -> Starlette:
     """The viewer alone, for the machine it runs on: pages tell where stores are."""
+    data("/compare/samples/{sample:int}/tokens.json", compare_tokens)
     viewer = _Viewer(stores, show_locations=True)
 
     def unknown(request: Request, error: Exception) -> Response:

@@ -218,22 +218,11 @@ class ViewedSample:
         return self.viewed.glyphs(token)
 
     def _measure(self, found: Measured) -> dict[str, Any]:
-        scale = found.scale
         mean = None
         if found.values is not None and not np.isnan(found.values).all():
             finite = found.values[np.isfinite(found.values)]
             mean = number(finite.mean()) if len(finite) else None
-        return {
-            "name": scale.name,
-            "title": scale.title,
-            "unit": scale.unit,
-            "source": found.source,
-            "how": found.how,
-            "breaks": list(scale.breaks),
-            "rising": scale.rising,
-            "digits": scale.digits,
-            "mean": mean,
-        }
+        return {**found.scale.as_dict(source=found.source, how=found.how), "mean": mean}
 
     def _segments(self) -> int:
         segments = self.record.get("segment_ids")

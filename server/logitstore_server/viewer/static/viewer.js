@@ -4,6 +4,20 @@
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 
+/** An element of a drawing. */
+function svg(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** An address with values in place of {names}. */
+const expand = (address, values) => address.replace(/\{(\w+)\}/g, (all, name) => values[name]);
+
+/** A token's text, which moves nothing around it. */
+const token = (text) => make("bdi", { className: "tok", textContent: text });
+
 /** An element with attributes, properties (className, textContent, onclick) and children. */
 function make(tag, given = {}, ...children) {
   const element = document.createElement(tag);
@@ -43,6 +57,12 @@ function labelTheme() {
   redraws.forEach((redraw) => redraw());
 }
 
+/** What a static page cannot know: the reader's choice, from the cookie that pages of a server read. */
+function recallTheme() {
+  const chosen = document.cookie.match(/(?:^|; )logitstore-theme=(light|dark)/);
+  if (chosen) root.dataset.theme = chosen[1];
+}
+
 function switchTheme() {
   root.dataset.theme = isDark() ? "light" : "dark";
   document.cookie = `logitstore-theme=${root.dataset.theme}; path=/; max-age=31536000; samesite=strict`;
@@ -51,6 +71,7 @@ function switchTheme() {
 
 function startPage() {
   const theme = $("#theme");
+  recallTheme();
   theme.hidden = $("#keys-open").hidden = false;
   theme.onclick = switchTheme;
   darkSystem.addEventListener("change", labelTheme);
@@ -83,16 +104,22 @@ function startPage() {
   });
 }
 
-// ---- the sample page -----------------------------------------------------------------------
+// ---- a sample: of one store, or of two side by side ------------------------------------------
 
 const BLOCK = 128; // tokens that are put into the page and taken out of it together
 const PIECE = 1024; // tokens of one request
 const KEPT = 64; // positions of one request for what is kept
+const TOP = 16; // ids of a position that are shown at first
+const MOST = 1024; // ids of a position that are ever shown
+const SIDE_BY_SIDE = 10; // ids of a position of each of two stores
 
 class Sample {
-  constructor(host) {
-    this.address = host.dataset.address;
+  constructor() {
+    // tokens: address of pieces of text; sides: name, signal and address of each store's entries.
     Object.assign(this, JSON.parse($("#sample-data").textContent));
+    const asked = new URLSearchParams(location.search);
+    if (this.measures.some((measure) => measure.name === asked.get("measure"))) this.measure = asked.get("measure");
+    if (/^\d+$/.test(asked.get("position") ?? "")) this.position = Math.min(Number(asked.get("position")), this.positions - 1);
     this.pieces = new Map();
     this.kept = new Map();
     this.panel = $("#panel");
@@ -104,17 +131,16 @@ class Sample {
   piece(position) {
     const from = Math.floor(position / PIECE) * PIECE;
     if (!this.pieces.has(from)) {
-      this.pieces.set(from, fetchJson(`${this.address}/tokens.json?from=${from}&count=${PIECE}`));
+      this.pieces.set(from, fetchJson(expand(this.tokens, { from, count: PIECE })));
     }
     return this.pieces.get(from);
   }
 
-  async keptAt(position) {
+  async keptAt(position, side) {
     const from = Math.floor(position / KEPT) * KEPT;
-    if (!this.kept.has(from)) {
-      this.kept.set(from, fetchJson(`${this.address}/kept.json?from=${from}&count=${KEPT}`));
-    }
-    return (await this.kept.get(from)).positions[position - from];
+    const address = expand(side.kept, { from, count: KEPT, top: TOP });
+    if (!this.kept.has(address)) this.kept.set(address, fetchJson(address));
+    return (await this.kept.get(address)).positions[position - from];
   }
 
   level(value, scale) {
@@ -164,6 +190,7 @@ class Sample {
     });
     this.heat.addEventListener("keydown", (event) => this.key(event));
     document.addEventListener("keydown", (event) => this.anywhere(event));
+    this.select();
     const linked = new URLSearchParams(location.search).has("position");
     if (linked) this.go(this.position, false);
     else this.show(this.position);
@@ -173,21 +200,27 @@ class Sample {
     const scale = this.scale();
     const edges = scale.breaks;
     const parts = edges.map((limit, i) => {
+      if (i > 0 && limit === edges[i - 1]) return null;
       const text = i === 0 ? `${scale.rising ? "<" : ">"} ${limit}` : `${edges[i - 1]}`;
       return make("span", { className: `l${i}`, textContent: text });
-    });
+    }).filter(Boolean);
     parts.push(make("span", { className: `l${edges.length}`, textContent: `${scale.rising ? "≥" : "≤"} ${edges.at(-1)}` }));
     $("#legend").replaceChildren(make("em", { textContent: "sure" }), ...parts, make("em", { textContent: `unsure${scale.unit ? ` · ${scale.unit}` : ""}` }));
   }
 
   choose(name) {
     this.measure = name;
-    const scale = this.scale();
-    $("#measure-how").textContent = `${scale.title}, ${scale.source}: ${scale.how}`;
-    $(`input[name=measure][value=${name}]`).checked = true;
+    this.select();
     this.drawLegend();
     for (const block of this.blocks) if (block.childElementCount) this.colour(block);
     this.remember();
+  }
+
+  /** Say which measure is shown. */
+  select() {
+    const scale = this.scale();
+    $("#measure-how").textContent = `${scale.title}, ${scale.source}: ${scale.how}`;
+    $(`input[name=measure][value=${this.measure}]`).checked = true;
   }
 
   async fill(block) {
@@ -331,22 +364,22 @@ class Sample {
   async show(position) {
     this.showing = position;
     try {
-      const [kept, piece] = await Promise.all([this.keptAt(position), this.piece(position)]);
+      const [piece, ...kept] = await Promise.all([this.piece(position), ...this.sides.map((side) => this.keptAt(position, side))]);
       if (this.showing === position) this.draw(kept, piece);
     } catch (error) { this.fail(error); }
   }
 
-  draw(kept, piece) {
+  draw(sides, piece) {
+    const kept = sides[0];
     const i = kept.position - piece.from;
     const parts = [];
-    const name = (text) => make("bdi", { className: "tok", textContent: text });
     if (this.kind === "sequence") {
-      parts.push(make("h2", {}, "after ", name(piece.text[i]), make("span", { className: "muted", textContent: `  id ${piece.ids[i]}, position ${shown(kept.position, 0)}` })));
+      parts.push(make("h2", {}, "after ", token(piece.text[i]), make("span", { className: "muted", textContent: `  id ${piece.ids[i]}, position ${shown(kept.position, 0)}` })));
     } else parts.push(make("h2", { textContent: "The teacher's answer" }));
     const label = kept.label;
     if (label) {
       const told = [label.value === null ? null : `p ${probability(label.value)}`, label.rank === null ? null : `rank ${shown(label.rank, 0)}`, label.kept ? null : "not among the stored ids"].filter(Boolean);
-      parts.push(make("p", { className: "came" }, this.kind === "sequence" ? "came " : "label ", make("b", {}, name(label.text)), make("span", { className: "muted", textContent: ` id ${label.id}${told.length ? ` · ${told.join(" · ")}` : ""}` })));
+      parts.push(make("p", { className: "came" }, this.kind === "sequence" ? "came " : "label ", make("b", {}, token(label.text)), make("span", { className: "muted", textContent: ` id ${label.id}${told.length ? ` · ${told.join(" · ")}` : ""}` })));
     } else if (this.kind === "sequence") {
       parts.push(make("p", { className: "came muted", textContent: "The segment ends here: nothing is predicted." }));
     }
@@ -355,31 +388,61 @@ class Sample {
         make("div", {}, make("dt", { textContent: measure.title }), make("dd", { textContent: shown(piece.measures[measure.name][i], measure.digits) })));
       if (rows.length) parts.push(make("dl", { className: "values" }, ...rows));
     }
-    if (kept.entries.length) parts.push(this.bars(kept));
-    else parts.push(make("p", { className: "muted", textContent: "This signal keeps no ids of a position." }));
-    if (kept.kept > kept.entries.length) {
-      const more = make("button", { type: "button", className: "quiet", textContent: `Showing ${kept.entries.length} of ${shown(kept.kept, 0)} ids: show more` });
-      more.onclick = async () => {
-        const all = await fetchJson(`${this.address}/kept.json?from=${kept.position}&count=1&top=1024`);
-        this.draw(all.positions[0], piece);
-        this.panel.focus();
-      };
-      if (kept.entries.length < 1024) parts.push(more);
-      else parts.push(make("p", { className: "muted", textContent: `Showing ${kept.entries.length} of ${shown(kept.kept, 0)} ids.` }));
+    if (sides.length === 1) parts.push(...this.told(kept, this.sides[0], piece));
+    else {
+      parts.push(make("div", { className: "two" }, ...sides.map((one, n) =>
+        make("section", {}, make("h3", {}, `${"AB"[n]} `, make("bdi", { textContent: this.sides[n].name })), ...this.told(one, this.sides[n], piece)))));
     }
-    if (kept.outside) {
-      const where = kept.heads === null ? "outside the stored ids" : "outside the exact head";
-      const mass = kept.outside.mass === null ? kept.outside.kind : `${probability(kept.outside.mass)} (${kept.outside.kind})`;
-      parts.push(make("p", { className: "outside" }, "Mass ", where, ": ", make("b", { textContent: mass }), ` – ${kept.outside.how}.`));
-    }
-    if (kept.always?.length) parts.push(make("p", { className: "outside" }, "Always stored: ", ...kept.always.flatMap((one) => [name(one.text), ` ${probability(one.value)}  `])));
     this.panel.replaceChildren(...parts);
     this.panel.dataset.position = kept.position;
     const first = kept.entries.slice(0, 3).map((entry) => `${entry.text} ${probability(entry.value)}`).join(", ");
     if (this.heat?.contains(document.activeElement)) say(first ? `Expected: ${first}` : "");
   }
 
-  bars(kept) {
+  /** What one store keeps of a position. */
+  told(kept, side, piece) {
+    const parts = [];
+    const two = this.sides.length > 1;
+    const most = two ? SIDE_BY_SIDE : kept.entries.length;
+    const few = { ...kept, entries: kept.entries.slice(0, most) };
+    if (kept.entries.length) parts.push(this.bars(few, side));
+    else parts.push(make("p", { className: "muted", textContent: "This signal keeps no ids of a position." }));
+    if (kept.kept > few.entries.length) {
+      const count = `Showing ${few.entries.length} of ${shown(kept.kept, 0)} ids`;
+      const more = make("button", { type: "button", className: "quiet", textContent: `${count}: show more` });
+      more.onclick = async () => {
+        const all = await fetchJson(expand(side.kept, { from: kept.position, count: 1, top: MOST }));
+        this.draw([all.positions[0]], piece);
+        this.panel.focus();
+      };
+      if (this.live && !two && few.entries.length < MOST) parts.push(more);
+      else parts.push(make("p", { className: "muted small", textContent: `${count}.` }));
+    }
+    if (kept.mass && !two) parts.push(...this.curve(kept.mass));
+    if (kept.outside) {
+      const where = kept.heads === null ? "outside the stored ids" : "outside the exact head";
+      const mass = kept.outside.mass === null ? kept.outside.kind : `${probability(kept.outside.mass)} (${kept.outside.kind})`;
+      parts.push(make("p", { className: "outside" }, "Mass ", where, ": ", make("b", { textContent: mass }), two ? "" : ` – ${kept.outside.how}.`));
+    }
+    if (kept.always?.length && !two) parts.push(make("p", { className: "outside" }, "Always stored: ", ...kept.always.flatMap((one) => [token(one.text), ` ${probability(one.value)}  `])));
+    return parts;
+  }
+
+  /** Mass of the k most probable ids, over log k, and how many hold 90, 95 and 99 %. */
+  curve(mass) {
+    const wide = Math.log2(mass.ranked) || 1;
+    const points = mass.ks.map((k, i) => `${((100 * Math.log2(k)) / wide).toFixed(2)},${(40 * (1 - mass.mass[i])).toFixed(2)}`);
+    const picture = svg("svg", { class: "curve", viewBox: "0 0 100 40", preserveAspectRatio: "none", role: "img", "aria-label": "Cumulative mass over rank, logarithmic" },
+      svg("line", { x1: 0, x2: 100, y1: 4, y2: 4 }),
+      svg("polyline", { points: points.length > 1 ? points.join(" ") : `0,${40 * (1 - mass.mass[0])} 100,${40 * (1 - mass.mass[0])}` }));
+    const facts = Object.entries(mass.needed).map(([level, k]) =>
+      make("div", {}, make("dt", { textContent: `${Math.round(100 * level)} %` }), make("dd", { textContent: k === null ? `> ${shown(mass.ranked, 0)}` : shown(k, 0) })));
+    return [make("div", { className: "mass" },
+      make("p", { className: "muted small" }, "Cumulative mass of the ranked ids; ids needed for"),
+      picture, make("dl", { className: "values" }, ...facts))];
+  }
+
+  bars(kept, side) {
     const scores = kept.outside.kind === "undefined";
     const values = kept.entries.map((entry) => entry.value);
     const low = scores ? Math.min(...values, 0) : 0;
@@ -387,7 +450,7 @@ class Sample {
     const items = [];
     kept.entries.forEach((entry, slot) => {
       if (kept.heads !== null && slot === kept.heads) {
-        items.push(make("li", { className: "sep", textContent: `${kept.kept - kept.heads} drawn ids (${this.signal}): each stands for an equal part of the tail` }));
+        items.push(make("li", { className: "sep", textContent: `${kept.kept - kept.heads} drawn ids (${side.signal}): each stands for an equal part of the tail` }));
       }
       const fill = make("div", { className: "fill" });
       fill.style.width = `${Math.max(0, Math.min(1, (entry.value - low) / span)) * 100}%`;
@@ -466,6 +529,5 @@ function shape(name, data, bars, colour) {
 }
 
 startPage();
-const host = $("#sample");
-if (host) new Sample(host).start();
+if ($("#sample-data")) new Sample().start();
 if (window.uPlot) $$(".chart").forEach(chart);
