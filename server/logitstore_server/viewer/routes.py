@@ -90,10 +90,10 @@ class _Viewer:
         self._samples: ProcessLRU[tuple[str, int], ViewedSample] = ProcessLRU(
             _HELD_POSITIONS, _positions_held
         )
-        self._pages = Environment(
         self._pairs: ProcessLRU[tuple[str, str, int], ComparedSample] = ProcessLRU(
             _HELD_POSITIONS, lambda pair: len(pair.rows) + 1
         )
+        self._pages = Environment(
             loader=PackageLoader("logitstore_server.viewer"),
             autoescape=True,
             undefined=StrictUndefined,
@@ -127,7 +127,6 @@ class _Viewer:
             self._samples.clear()
         return self._samples.put((name, number), sample)
 
-    def render(self, request: Request, template: str, status: int = 200, **data: Any) -> Response:
     def compared(self, a: str, b: str, number: int) -> ComparedSample:
         """A sample of two stores; held for a while."""
         stores = self.viewed(a), self.viewed(b)
@@ -138,6 +137,7 @@ class _Viewer:
             self._pairs.clear()
         return self._pairs.put((a, b, number), ComparedSample(*stores, number))
 
+    def render(self, request: Request, template: str, status: int = 200, **data: Any) -> Response:
         """A page."""
         theme = request.cookies.get(THEME_COOKIE)
         links = Links(request.scope.get("root_path", ""))
@@ -321,8 +321,13 @@ def viewer_routes(
         first = _integer(request, "from", 0)
         return {"names": names, "result": compare_stores(a, b, first), "a": a.name, "b": b.name}
 
+    def compared(request: Request) -> ComparedSample:
+        query = request.query_params
+        return viewer.compared(
+            query.get("a", ""), query.get("b", ""), request.path_params["sample"]
+        )
+
     def compare_one(request: Request) -> Data:
-        a, b = pair(request)
         query = request.query_params
         position = _integer(request, "position", 0)
         return compared(request).page(query.get("order", ""), query.get("measure", ""), position)
@@ -335,18 +340,13 @@ def viewer_routes(
     routes.append(Route("/stores.json", _guarded(lambda request: viewer.json(request, home))))
     routes.append(Route("/", _guarded(viewer.page("stores.html", home)[0])))
     sample_path = "/stores/{store}/samples/{sample:int}"
-    def compared(request: Request) -> ComparedSample:
-        query = request.query_params
-        return viewer.compared(
-            query.get("a", ""), query.get("b", ""), request.path_params["sample"]
-        )
-
     data(f"{sample_path}/tokens.json", tokens)
     data(f"{sample_path}/kept.json", kept)
     page(sample_path, "sample.html", show_sample)
     page("/stores/{store}/overview", "store.html", show_store)
     page("/stores/{store}/shards/{shard}", "shard.html", show_shard)
     page("/stores/{store}/find", "find.html", search)
+    data("/compare/samples/{sample:int}/tokens.json", compare_tokens)
     page("/compare/samples/{sample:int}", "compare_sample.html", compare_one)
     page("/compare", "compare.html", compare)
     routes.append(Route("/static/{file:path}", _guarded(_static)))
@@ -355,7 +355,6 @@ def viewer_routes(
 
 def viewer_app(stores: Mapping[str, Store]) -> Starlette:
     """The viewer alone, for the machine it runs on: pages tell where stores are."""
-    data("/compare/samples/{sample:int}/tokens.json", compare_tokens)
     viewer = _Viewer(stores, show_locations=True)
 
     def unknown(request: Request, error: Exception) -> Response:
