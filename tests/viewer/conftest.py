@@ -43,8 +43,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory, tiny_lm_dir: Path) -> Iterator[str]:
-    """The address of a viewer of five stores."""
+def site_folder(tmp_path_factory: pytest.TempPathFactory, tiny_lm_dir: Path) -> Path:
+    """A folder of six stores."""
     from tests.conftest import TRAINING_TEXT
 
     folder = tmp_path_factory.mktemp("viewed")
@@ -60,6 +60,13 @@ def site(tmp_path_factory: pytest.TempPathFactory, tiny_lm_dir: Path) -> Iterato
     push(
         folder / "long", "topk:2", lengths=(32_768,), chunk_positions=2048, shard_positions=1 << 16
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def site(site_folder: Path) -> Iterator[str]:
+    """The address of a viewer of six stores."""
+    folder = site_folder
     stores = {place.name: store.open(place) for place in sorted(folder.iterdir()) if place.is_dir()}
     assert stores["long"].header.vocab_size == VOCAB
     with serving(stores) as address:
@@ -89,6 +96,7 @@ class Look:
     is collected."""
 
     def __init__(self, browser: Any, site: str, **options: Any) -> None:
+        self.failed: list[str] = []
         self.scripts = options.get("java_script_enabled", True)
         self.context = browser.new_context(**options)
         self.site = site
@@ -96,6 +104,7 @@ class Look:
         self.context.route("**/*", self._only_loopback)
         self.page = self.context.new_page()
         self.page.on("console", self._console)
+        self.page.on("requestfailed", lambda request: self.failed.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
 

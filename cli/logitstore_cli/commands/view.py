@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import threading
 import time
 import webbrowser
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -16,20 +18,53 @@ from logitstore_cli import command as form
 from logitstore_cli.output import Output, pass_output
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
     from logitstore.store import Store
 
 # How old the list of shards of an unsealed store may be.
 MAX_AGE_S = 5.0
 
 
-@form.command("view", example="logitstore view STORE\nlogitstore view STORE-A STORE-B --port 8641")
+@form.command(
+    "view",
+    example="logitstore view STORE\n"
+    "logitstore view STORE-A STORE-B --port 8641\n"
+    "logitstore view STORE --get /stores/STORE/samples/0.json\n"
+    "logitstore view STORE --bundle DIR --samples 8",
+)
 @click.argument("stores", nargs=-1, required=True, metavar="STORE...")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8641, show_default=True, help="0: any."
 )
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option(
+    "--get",
+    metavar="PATH",
+    help="Print one answer, such as /stores/NAME/samples/0.json, and end; exit code 1 if it fails.",
+)
+@click.option(
+    "--bundle",
+    metavar="DIR",
+    help="Write a static sample for any file server into a new folder, and end.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 10_000),
+    default=8,
+    show_default=True,
+    help="Of --bundle: the first so many of each store.",
+)
 @pass_output
-def command(out: Output, stores: tuple[str, ...], port: int, no_browser: bool) -> int:
+def command(
+    out: Output,
+    stores: tuple[str, ...],
+    port: int,
+    no_browser: bool,
+    get: str | None,
+    bundle: str | None,
+    samples: int,
+) -> int:
     """Show stores in the browser: text as a heat map, what the teacher expected, statistics.
 
     Listens on 127.0.0.1 alone and writes nothing. A store that a capture still fills is read again
@@ -49,6 +84,10 @@ def command(out: Output, stores: tuple[str, ...], port: int, no_browser: bool) -
             hint='pip install "logitstore[serve]"',
         ) from None
     opened = OpenedStores(stores)
+    if get is not None:
+        return _print_answer(out, viewer_app(opened), get)
+    if bundle is not None:
+        return _write_bundle(out, opened, bundle, samples)
     with _listen(port) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         if len(opened) == 1:
@@ -61,6 +100,34 @@ def command(out: Output, stores: tuple[str, ...], port: int, no_browser: bool) -
         config = uvicorn.Config(viewer_app(opened), log_level="warning", server_header=False)
         uvicorn.Server(config).run([listener])
     opened.close()
+    return 0
+
+
+def _print_answer(out: Output, app: ASGIApp, address: str) -> int:
+    from logitstore.spec.errors import UsageError
+    from logitstore_server.viewer.ask import ask
+
+    if not address.startswith("/"):
+        raise UsageError(
+            "bad-argument", "not a path of the viewer", where="--get", got=address, expected="/..."
+        )
+    answer = ask(app, address)
+    click.echo(answer.body, nl=False)
+    if answer.status != 200:
+        out.warn(f"{address}: status {answer.status}")
+    return 0 if answer.status == 200 else 1
+
+
+def _write_bundle(out: Output, stores: OpenedStores, folder: str, samples: int) -> int:
+    from logitstore_server.viewer.bundle import write_bundle
+
+    told = write_bundle(Path(folder), stores, samples)
+    every = sum(len(stores[name]) for name in stores)
+    out.data(str(Path(folder, "index.html")))
+    size = f"{told['files']:,} files, {told['bytes'] / 1e6:.1f} MB"
+    out.note(f"{told['samples']:,} of {every:,} samples in {size}. To serve the folder:")
+    out.note(f"python -m http.server -d {shlex.quote(folder)}")
+    stores.close()
     return 0
 
 

@@ -40,7 +40,7 @@ from logitstore_server.viewer.snippets import snippets
 from logitstore_server.viewer.store_page import overview, shard_page
 from logitstore_server.viewer.viewed_store import ViewedStore
 
-__all__ = ["SECURITY_HEADERS", "viewer_app", "viewer_routes"]
+__all__ = ["SECURITY_HEADERS", "static_files", "viewer_app", "viewer_routes"]
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -71,6 +71,11 @@ _STATUS: tuple[tuple[type[LogitstoreError], int], ...] = (
 )
 
 Data = dict[str, Any]
+LinksFor = Callable[[Request], Links]
+
+
+def _links(request: Request) -> Links:
+    return Links(request.scope.get("root_path", ""))
 
 
 class _Viewer:
@@ -82,8 +87,10 @@ class _Viewer:
         *,
         show_locations: bool,
         locations: Mapping[str, str] | None = None,
+        links_for: LinksFor | None = None,
     ) -> None:
         self.stores = stores
+        self.links_for = links_for or _links
         self.show_locations = show_locations
         self._locations = locations
         self._viewed: dict[str, ViewedStore] = {}
@@ -140,7 +147,7 @@ class _Viewer:
     def render(self, request: Request, template: str, status: int = 200, **data: Any) -> Response:
         """A page."""
         theme = request.cookies.get(THEME_COOKIE)
-        links = Links(request.scope.get("root_path", ""))
+        links = self.links_for(request)
         # A page that says no does not repeat what it was asked for.
         beside = self._beside(links, request) if status < 400 else None
         page = self._pages.get_template(template).render(
@@ -240,6 +247,7 @@ def viewer_routes(
     *,
     show_locations: bool = False,
     locations: Mapping[str, str] | None = None,
+    links_for: LinksFor | None = None,
 ) -> list[BaseRoute]:
     """Routes of the viewer, for an application that mounts them at its root.
 
@@ -250,8 +258,11 @@ def viewer_routes(
             machine.
         locations: folder or URL by name of store, to be kept from readers; default: those of
             `stores`, which are opened for it.
+        links_for: other addresses than these routes, for pages that are kept as files.
     """
-    viewer = _Viewer(stores, show_locations=show_locations, locations=locations)
+    viewer = _Viewer(
+        stores, show_locations=show_locations, locations=locations, links_for=links_for
+    )
     routes: list[BaseRoute] = []
 
     def page(path: str, template: str, build: Callable[[Request], Data]) -> None:
@@ -291,7 +302,9 @@ def viewer_routes(
         base = str(request.base_url).rstrip("/")
         where = str(sample.viewed.store.location) if viewer.show_locations else None
         address = request.url.path.removesuffix(".json")
-        body["copy"] = snippets(where, base, sample.viewed.name, sample.number, address)
+        body["copy"] = None
+        if viewer.links_for(request).live:
+            body["copy"] = snippets(where, base, sample.viewed.name, sample.number, address)
         return body
 
     def tokens(request: Request) -> Data:
@@ -353,17 +366,21 @@ def viewer_routes(
     return routes
 
 
-def viewer_app(stores: Mapping[str, Store]) -> Starlette:
+def viewer_app(
+    stores: Mapping[str, Store], *, links_for: LinksFor | None = None, show_locations: bool = True
+) -> Starlette:
     """The viewer alone, for the machine it runs on: pages tell where stores are."""
-    viewer = _Viewer(stores, show_locations=True)
+    viewer = _Viewer(stores, show_locations=show_locations, links_for=links_for)
 
     def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        if not viewer.links_for(request).live:
+            return viewer.render(request, "not_included.html", 404)
         kind = "method-not-allowed" if error.status_code == 405 else "path-not-found"
         problem = {**_NOTHING, "kind": kind, "what": _UNKNOWN[kind]}
         return _secured(viewer.render(request, "error.html", error.status_code, problem=problem))
 
-    routes = viewer_routes(stores, show_locations=True)
+    routes = viewer_routes(stores, show_locations=show_locations, links_for=links_for)
     return Starlette(routes=routes, exception_handlers={HTTPException: unknown})
 
 
@@ -390,7 +407,7 @@ def _secured(response: Response) -> Response:
 def _static(request: Request) -> Response:
     """A file of the viewer's own; nothing outside its folder."""
     name = request.path_params["file"]
-    if name not in _static_files():
+    if name not in static_files():
         raise HTTPException(404)
     kind = mimetypes.types_map.get(Path(name).suffix, "text/plain")
     if kind == "application/javascript":
@@ -402,7 +419,8 @@ def _static(request: Request) -> Response:
     )
 
 
-def _static_files() -> set[str]:
+def static_files() -> set[str]:
+    """The viewer's own files, by their path below `/static/`."""
     return {str(f.relative_to(STATIC)) for f in STATIC.rglob("*") if f.is_file()}
 
 
