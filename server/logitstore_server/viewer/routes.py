@@ -166,7 +166,7 @@ class _Viewer:
     def _beside(links: Links, request: Request) -> str:
         """Where a page's data is."""
         path, query = request.url.path, request.url.query
-        if path == links.home():
+        if path == f"{links.root}/":
             path = f"{links.root}/stores"
         return links.json(path + (f"?{query}" if query else ""))
 
