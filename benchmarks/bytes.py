@@ -16,21 +16,23 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from bounds import rskd_bound, set_bound, topk_bound
+from bounds import entropy_bits, rskd_bound, set_bound, topk_bound
 from codings import CODINGS, pack_entries, unpack_entries
 from real_rows import MODELS, model_folder
 from report import REPORTS, environment, table, write_report
-from sources import Q8_STEP, Source, real_source, synthetic_source
+from sources import EVERYTHING, Source, make_header, real_source, synthetic_source
 from stored import Row, signal_columns, stored, timed
 from workload import make_workload
 
+from logitstore.containers.ranked import IdRanks, count_ids
 from logitstore.record import Record
 from logitstore.spec.header import Header
+from logitstore.spec.signals import Q8_STEP
 
 
 def other_codings(source: str, header: Header, records: list[Record], repeats: int) -> list[Row]:
@@ -90,6 +92,28 @@ def packed_entries(source: str, header: Header, records: list[Record], repeats: 
     return coding_row(source, header, name, size, positions, encode_s, decode_s)
 
 
+def with_ranks(source: str, header: Header, records: list[Record], repeats: int) -> Row:
+    """Ranks for ids in the zarr container, even chunks by the order of the odd ones and the other
+    way round."""
+    header = make_header(
+        str(header.signal), header.vocab_size, rank_ids=True, aux=header.stored_fields
+    )
+    rows = []
+    for half, other in ((records[::2], records[1::2]), (records[1::2], records[::2])):
+        counts = sum(count_ids(record, header.vocab_size) for record in other)
+        rows.append(stored(source, header, half, repeats, IdRanks.by_frequency(counts)))
+    columns = {name: statistics.mean(row.columns[name] for row in rows) for name in rows[0].columns}
+    return replace(
+        rows[0],
+        coding="zarr, ranks for ids",
+        bytes_per_token=statistics.mean(row.bytes_per_token for row in rows),
+        columns=columns,
+        encode=statistics.mean(row.encode for row in rows),
+        decode=statistics.mean(row.decode for row in rows),
+        spread=(min(row.spread[0] for row in rows), max(row.spread[1] for row in rows)),
+    )
+
+
 def coding_row(
     source: str,
     header: Header,
@@ -133,6 +157,10 @@ def bounds_of(header: Header, records: list[Record]) -> dict[str, float]:
             "tail ids": set_bound(joined["tail_ids"], positions),
         }
         return {**parts, "total": sum(parts.values())}
+    if kind == "dense" and header.signal.dtype == "float16":
+        values = joined["logits"]
+        bits = entropy_bits(values.view(np.uint16))
+        return {"logits": bits * values.shape[1] / 8, "total": bits * values.shape[1] / 8}
     return {}
 
 
@@ -149,10 +177,13 @@ def measure_source(
     for signal, by_kind in signals.items():
         log(f"{source}: {signal}")
         for kind, (header, records) in by_kind.items():
-            rows.append(stored(source, header, records, repeats))
-            if kind != "zarr":
+            row = stored(source, header, records, repeats)
+            rows.append(replace(row, signal=signal))
+            if kind != "zarr" or signal == EVERYTHING:
                 continue
             if header.signal.kind in ("topk", "sampled", "threshold"):
+                rows.append(with_ranks(source, header, records, repeats))
+            if header.signal.kind in ("topk", "sampled", "threshold", "dense"):
                 rows += other_codings(source, header, records, repeats)
                 bounds[signal] = bounds_of(header, records)
             if header.signal.kind == "sampled" or signal == "topk:64":
@@ -178,23 +209,34 @@ REAL_SIGNALS = (
 )
 
 
+# Signals whose arrays are listed with ranks for ids, too.
+RANKED_IN_FULL = ("topk:64", "sampled:50", "threshold:tau=1/40")
+
+# Dense records are measured on this many positions: a token takes 100 to 500 KB.
+DENSE_POSITIONS = 256
+
+
 def targets_of(rows: list[Row], bounds: dict[str, dict[str, dict[str, float]]]) -> list[list[str]]:
     """What was asked for, what came out."""
 
     def row(source: str, signal: str, coding: str) -> Row:
         found = [r for r in rows if (r.source, r.signal) == (source, signal)]
-        return next(r for r in found if r.coding.startswith(coding))
+        return next(r for r in found if r.coding == coding or r.coding.startswith(coding + " "))
 
     synthetic_name = next(r.source for r in rows if r.source.startswith("synthetic"))
     rskd = row(synthetic_name, "sampled:50", "zarr").bytes_per_token
-    rskd_packed = row(synthetic_name, "sampled:50", "24-bit").bytes_per_token
+    rskd_packed = row(synthetic_name, "sampled:50", "24-bit entries").bytes_per_token
     topk = row(synthetic_name, "topk:64", "zarr").bytes_per_token
     q8 = row(synthetic_name, "topk:64,coding=q8", "zarr").bytes_per_token
-    topk_packed = row(synthetic_name, "topk:64", "24-bit").bytes_per_token
+    topk_packed = row(synthetic_name, "topk:64", "24-bit entries").bytes_per_token
     topk_bound_bytes = bounds[synthetic_name]["topk:64"]["total"]
+    rskd_ranks = row(synthetic_name, "sampled:50", "zarr, ranks for ids").bytes_per_token
+    topk_ranks = row(synthetic_name, "topk:64", "zarr, ranks for ids").bytes_per_token
     lines = [
         ("RS-KD N = 50 / 24-bit entries, synthetic", rskd / rskd_packed, 0.65, "0.60"),
+        ("the same, ranks for ids", rskd_ranks / rskd_packed, 0.65, "0.60"),
         ("top-64 lossless / its bound, synthetic", topk / topk_bound_bytes, 1.06, "1.04"),
+        ("the same, ranks for ids", topk_ranks / topk_bound_bytes, 1.06, "1.04"),
         ("top-64 q8 / 24-bit entries, synthetic", q8 / topk_packed, 0.70, ""),
     ]
     for source in dict.fromkeys(r.source for r in rows if r.source != synthetic_name):
@@ -219,6 +261,9 @@ stand in the table by array. Speeds are of one core, the median of runs on the s
 arrays (slowest to fastest decode in brackets); every value read back was compared with what was
 written. The bound is the entropy of context-free coders (`bounds.py`); for threshold it covers ids
 alone. 24-bit entries keep RS-KD's counts exactly but round top-K probabilities to 7 or 6 bits.
+"Ranks for ids" is `--rank-ids`, each half of the chunks by the other half's order. Dense records
+are of a few hundred positions; "every optional field" is topk:1 with all aux fields, `lse_at` for
+two temperatures and four always-ids.
 """
 
 
@@ -248,7 +293,7 @@ def main() -> None:
             log(f"skipped {skipped[-1]}")
             continue
         per_text = 4 if model == "smollm2" else 2
-        real = real_source(model, per_text, 1024, REAL_SIGNALS)
+        real = real_source(model, per_text, 1024, REAL_SIGNALS, DENSE_POSITIONS)
         vocab_size = next(iter(real.values()))["zarr"][0].vocab_size
         name = f"{model} V={vocab_size}"
         more, bounds[name] = measure_source(name, real, repeats, log)
@@ -264,6 +309,10 @@ def main() -> None:
         "bounds": bounds,
     }
     write_report(options.out, "bytes", result, page(rows, bounds, goals, skipped, repeats))
+
+
+def _speed(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def page(
@@ -289,8 +338,8 @@ def page(
                     r.coding,
                     f"{r.bytes_per_token:.1f}",
                     "" if bound is None else f"{r.bytes_per_token / bound:.2f}",
-                    f"{r.encode:.2f}",
-                    f"{r.decode:.1f} ({r.spread[0]:.1f} to {r.spread[1]:.1f})",
+                    _speed(r.encode),
+                    f"{_speed(r.decode)} ({_speed(r.spread[0])} to {_speed(r.spread[1])})",
                 ]
             )
         out += table(
@@ -298,9 +347,12 @@ def page(
         )
         out += ["", f"### By array, zarr, {source}", ""]
         lines = [
-            [r.signal, ", ".join(f"{n} {v:.2f}" for n, v in r.columns.items() if v >= 0.005)]
+            [
+                r.signal + r.coding.removeprefix("zarr"),
+                ", ".join(f"{n} {v:.2f}" for n, v in r.columns.items() if v >= 0.005),
+            ]
             for r in of_source
-            if r.coding == "zarr"
+            if r.coding.startswith("zarr") and (r.coding == "zarr" or r.signal in RANKED_IN_FULL)
         ]
         out += table(["signal", "B/token"], lines)
         out += ["", f"### Bounds, {source}", ""]

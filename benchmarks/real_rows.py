@@ -18,7 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["MODELS", "TEXTS", "Window", "cached_rows", "model_folder", "windows"]
+from logitstore.spec.tokenizer_pieces import table_of
+
+__all__ = [
+    "MODELS",
+    "TEXTS",
+    "Window",
+    "cached_rows",
+    "model_folder",
+    "token_bytes",
+    "windows",
+]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -48,6 +58,10 @@ class Window:
         """int64 [W]: the next token, -1 at the end."""
         return np.append(self.tokens[1:], -1)
 
+    def first(self, count: int) -> Window:
+        """The window's first positions."""
+        return Window(self.text, self.tokens[:count], self.logits[:count], self.hidden[:count])
+
 
 def model_folder(name: str) -> Path | None:
     """The model's folder, or None when it has not been fetched."""
@@ -63,8 +77,20 @@ def text_of(name: str) -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in files[10::25])
 
 
-def windows(model: str, per_text: int, length: int) -> Iterator[Window]:
-    """`per_text` windows of `length` tokens of each text, with the model's logits."""
+def token_bytes(model: str) -> NDArray[np.int64]:
+    """int64 [V]: bytes of text that each id stands for."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model_folder(model))
+    table = table_of(tokenizer.backend_tokenizer)
+    return np.array([len(token or b"") for token in table.tokens])
+
+
+def windows(model: str, per_text: int, length: int, *, alternate: bool = False) -> Iterator[Window]:
+    """`per_text` windows of `length` tokens of each text, with the model's logits.
+
+    One text after the other, or `alternate`: the first window of each, then the second.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_folder(model)
@@ -73,15 +99,17 @@ def windows(model: str, per_text: int, length: int) -> Iterator[Window]:
     network: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     bos = [tokenizer.bos_token_id] if MODELS[model][1] else []
     fresh = length - len(bos)
-    for text in TEXTS:
-        ids = tokenizer(text_of(text)[: 8 * per_text * length], add_special_tokens=False)
-        stream = ids["input_ids"]
-        for number in range(per_text):
-            tokens = torch.tensor(bos + stream[number * fresh : (number + 1) * fresh])
-            with torch.inference_mode():
-                hidden_Wd = network.model(tokens[None]).last_hidden_state[0]
-                logits_WV = network.lm_head(hidden_Wd)[:, : len(tokenizer)]
-            yield Window(text, tokens.numpy(), logits_WV.numpy(), hidden_Wd.numpy())
+    streams = {
+        text: tokenizer(text_of(text)[: 8 * per_text * length], add_special_tokens=False).input_ids
+        for text in TEXTS
+    }
+    order = [(text, number) for text in TEXTS for number in range(per_text)]
+    for text, number in sorted(order, key=lambda place: place[1]) if alternate else order:
+        tokens = torch.tensor(bos + streams[text][number * fresh : (number + 1) * fresh])
+        with torch.inference_mode():
+            hidden_Wd = network.model(tokens[None]).last_hidden_state[0]
+            logits_WV = network.lm_head(hidden_Wd)[:, : len(tokenizer)]
+        yield Window(text, tokens.numpy(), logits_WV.numpy(), hidden_Wd.numpy())
 
 
 def cached_rows(model: str, per_text: int, length: int) -> list[Window]:

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from real_rows import Window, windows
+from real_rows import Window, token_bytes, windows
 from workload import Workload
 
 from logitstore.record import Record
 from logitstore.record.new_header import new_header
 from logitstore.signals import Completion, encoder
-from logitstore.spec.header import Header, TeacherInfo
-from logitstore.spec.signals import HEAD_STEP, parse_signal
+from logitstore.spec.header import AUX_FIELDS, Header, TeacherInfo
+from logitstore.spec.signals import HEAD_STEP, Q8_MOST_STEPS, Q8_STEP, parse_signal
 
 __all__ = [
-    "Q8_STEP",
+    "EVERYTHING",
     "Source",
     "encoded",
     "make_header",
@@ -32,7 +32,7 @@ __all__ = [
 Source = dict[str, dict[str, tuple[Header, list[Record]]]]
 CONTAINERS = ("zarr", "arrow")
 CHUNK = 2048
-Q8_STEP = 1 / 16
+EVERYTHING = "every optional field"
 
 
 def make_header(signal: str, vocab_size: int, kind: str = "zarr", **options: Any) -> Header:
@@ -71,7 +71,7 @@ def _synthetic(workload: Workload, signal: str, kind: str) -> tuple[Header, list
         columns["log_tail"] = np.log(workload.tail)
         columns["top1_logprob"] = logprobs[:, 0]
         if spec.coding == "q8":
-            logprobs = -Q8_STEP * np.clip(np.rint(logprobs / -Q8_STEP), 0, 255)
+            logprobs = -Q8_STEP * np.clip(np.rint(logprobs / -Q8_STEP), 0, Q8_MOST_STEPS)
         columns["ids"], columns["logprobs"] = workload.ids, logprobs
         if spec.p is not None:
             keep = np.cumsum(workload.probs, axis=1) - workload.probs < spec.p
@@ -105,8 +105,13 @@ def encoded(
     *,
     first_key: int = 0,
     seed: int = 0,
+    byte_end: Any = None,
+    **options: Any,
 ) -> dict[str, Record]:
-    """One chunk's record of every signal, from its windows' logits; keys count from first_key."""
+    """One chunk's record of every signal, from its windows' logits; keys count from first_key.
+
+    `byte_end` is that column, and `options` are those of `make_header`.
+    """
     records = {}
     lengths = [len(w.tokens) for w in windows_of_model]
     logits = torch.from_numpy(np.concatenate([w.logits for w in windows_of_model]))
@@ -115,12 +120,13 @@ def encoded(
     positions = torch.cat([torch.arange(n) for n in lengths])
     tokens = np.concatenate([w.tokens for w in windows_of_model])
     for signal in signals:
-        header = make_header(signal, vocab_size, seed=seed)
+        header = make_header(signal, vocab_size, seed=seed, **options)
         encode = encoder(header)
         columns = encode.encode(logits, labels_P=labels, keys_P=keys, positions_P=positions)
         bare = {"sample_lengths": np.array(lengths), "segment_ids": np.zeros(len(tokens), int)}
         mask = labels.numpy() >= 0
         columns = encode.complete(columns, Completion(*bare.values(), mask))
+        columns |= {} if byte_end is None else {"byte_end": byte_end}
         records[signal] = record_of(header, lengths, {"tokens": tokens, **columns})
     return records
 
@@ -130,20 +136,31 @@ def synthetic_source(workload: Workload, signals: Sequence[str]) -> Source:
     return {s: {kind: _synthetic(workload, s, kind) for kind in CONTAINERS} for s in signals}
 
 
-def _both_containers(
-    signal: str, records: list[Record], vocab_size: int
-) -> dict[str, tuple[Header, list[Record]]]:
-    return {kind: (make_header(signal, vocab_size, kind), records) for kind in CONTAINERS}
+def _both_containers(signal: str, records: list[Record], vocab_size: int, **options: Any) -> Any:
+    """container -> (header, records)."""
+    return {
+        kind: (make_header(signal, vocab_size, kind, **options), records) for kind in CONTAINERS
+    }
 
 
-def real_source(model: str, per_text: int, length: int, signals: Sequence[str]) -> Source:
-    """Records of every signal, a chunk for every two windows; the logits are not kept."""
+def real_source(
+    model: str, per_text: int, length: int, signals: Sequence[str], dense_positions: int
+) -> Source:
+    """Records of every signal, a chunk for a window of either text; the logits are not kept.
+
+    Of the first window come also `dense_positions` positions of dense records, and a top-K record
+    with every optional field (`EVERYTHING`).
+    """
     chunks: dict[str, list[Record]] = {signal: [] for signal in signals}
+    extra: Source = {}
     pending: list[Window] = []
     vocab_size = 0
-    for window in windows(model, per_text, length):
-        pending.append(window)
+    for window in windows(model, per_text, length, alternate=True):
         vocab_size = window.logits.shape[1]
+        if not extra:
+            extra = _dense(window.first(dense_positions), vocab_size)
+            extra[EVERYTHING] = _everything(model, window, vocab_size)
+        pending.append(window)
         if sum(len(w.tokens) for w in pending) >= min(CHUNK, 2 * length):
             first_key = len(pending) * len(chunks[signals[0]])
             for signal, record in encoded(
@@ -152,7 +169,29 @@ def real_source(model: str, per_text: int, length: int, signals: Sequence[str]) 
                 chunks[signal].append(record)
             pending = []
     out = {signal: _both_containers(signal, c, vocab_size) for signal, c in chunks.items()}
-    return {**out, **_pushed_scores(chunks["topk:64"], vocab_size)}
+    return {**out, **_pushed_scores(chunks["topk:64"], vocab_size), **extra}
+
+
+def _dense(window: Window, vocab_size: int) -> Source:
+    signals = ("dense", "dense:dtype=float32")
+    # Chunks of 2,048 positions would be padding for the most part, and too large.
+    positions = len(window.tokens)
+    records = encoded([window], signals, vocab_size, chunk_positions=positions)
+    return {
+        s: _both_containers(s, [records[s]], vocab_size, chunk_positions=positions) for s in signals
+    }
+
+
+def _everything(model: str, window: Window, vocab_size: int) -> Any:
+    """The smallest signal with every optional field beside it, and four always-ids."""
+    options: dict[str, Any] = {
+        "aux": [name for name in AUX_FIELDS if name != "top1_logprob"],
+        "lse_at": [2.0, 4.0],
+        "always_ids": range(4),
+    }
+    ends = np.cumsum(token_bytes(model)[window.tokens])
+    records = encoded([window], ["topk:1"], vocab_size, byte_end=ends, **options)
+    return _both_containers("topk:1", [records["topk:1"]], vocab_size, **options)
 
 
 def _pushed_scores(topk: list[Record], vocab_size: int, candidates: int = 16) -> Source:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from logitstore.containers import ShardSummary, container
+from logitstore.containers.ranked import IdRanks, ranked
 from logitstore.record import Record
 from logitstore.spec.commit import Commit, ObjectRef
 from logitstore.spec.header import Header
@@ -50,9 +51,20 @@ def timed(function: Callable[[], Any], repeats: int) -> list[float]:
     return seconds
 
 
-def stored(source: str, header: Header, records: list[Record], repeats: int) -> Row:
-    """Write an object, read every chunk back, compare, and time both."""
+def stored(
+    source: str,
+    header: Header,
+    records: list[Record],
+    repeats: int,
+    ranks: IdRanks | None = None,
+) -> Row:
+    """Write an object, read every chunk back, compare, and time both.
+
+    `ranks` are the table of a header that asks for them.
+    """
     box = container(header.container)
+    if ranks is not None:
+        box = ranked(box, header, lambda name: ranks.encode())
     positions = sum(r.num_positions for r in records)
 
     def write() -> tuple[io.BytesIO, ShardSummary]:

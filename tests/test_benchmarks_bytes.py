@@ -29,6 +29,8 @@ def test_bytes(tmp_path: Path) -> None:
         assert row["signal"] in page
         assert sum(row["columns"].values()) > row["bytes_per_token"] > 0
     by_coding = {r["coding"]: r for r in report["rows"] if r["signal"] == "sampled:50"}
+    ranks = by_coding["zarr, ranks for ids"]
+    assert 0 < ranks["bytes_per_token"] < by_coding["zarr"]["bytes_per_token"]
     assert by_coding["zarr"]["bytes_per_token"] < 0.65 * next(
         r["bytes_per_token"] for name, r in by_coding.items() if name.startswith("24-bit")
     )
