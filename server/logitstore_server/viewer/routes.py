@@ -34,6 +34,7 @@ from logitstore_server.metrics import count_damage
 from logitstore_server.viewer import formats
 from logitstore_server.viewer.compare import ComparedSample, compare_stores
 from logitstore_server.viewer.find import find
+from logitstore_server.viewer.image_panel import png
 from logitstore_server.viewer.links import Links
 from logitstore_server.viewer.sample_page import MAX_TOKENS, TOP_SHOWN, ViewedSample
 from logitstore_server.viewer.snippets import snippets
@@ -307,6 +308,13 @@ def viewer_routes(
             body["copy"] = snippets(where, base, sample.viewed.name, sample.number, address)
         return body
 
+    def picture(request: Request) -> Response:
+        try:
+            content = png(sample_of(request), plain=request.query_params.get("plain") == "1")
+        except LogitstoreError as error:
+            return viewer.failed(request, error)
+        return Response(content, media_type="image/png", headers=_PRIVATE)
+
     def tokens(request: Request) -> Data:
         return sample_of(request).tokens(
             _integer(request, "from", 0), _integer(request, "count", MAX_TOKENS)
@@ -355,6 +363,7 @@ def viewer_routes(
     sample_path = "/stores/{store}/samples/{sample:int}"
     data(f"{sample_path}/tokens.json", tokens)
     data(f"{sample_path}/kept.json", kept)
+    routes.append(Route(f"{sample_path}/image.png", _guarded(picture)))
     page(sample_path, "sample.html", show_sample)
     page("/stores/{store}/overview", "store.html", show_store)
     page("/stores/{store}/shards/{shard}", "shard.html", show_shard)

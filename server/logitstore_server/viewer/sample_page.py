@@ -12,6 +12,7 @@ from logitstore.display.measures import MEASURES, Measured, measure_sample
 from logitstore.record.sequences import IGNORE
 from logitstore.spec.errors import UsageError
 from logitstore_server.viewer.graph import graph_view
+from logitstore_server.viewer.image_panel import picture_data
 from logitstore_server.viewer.viewed_store import ViewedStore
 
 __all__ = ["MAX_TOKENS", "ViewedSample", "number"]
@@ -85,6 +86,7 @@ class ViewedSample:
             "measures": [self._measure(found) for found in self.measures.values()],
             "rows": self.rows(start, min(start + TABLE_ROWS, self.positions)),
             "rows_from": start,
+            "picture": picture_data(self),
             "graph": graph_view(self.record, header, self.viewed.glyphs),
         }
 
