@@ -1,4 +1,4 @@
 """A sample for the eye: glyphs of tokens, what a position keeps, measures; numpy alone.
 
-Reading order: glyphs -> entries -> measures.
+Reading order: glyphs -> entries -> measures -> notebook.
 """

@@ -10,9 +10,18 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from logitstore.spec.header import Header
 from logitstore.spec.tokenizer_table import TokenizerTable
 
-__all__ = ["MAX_SHOWN", "Glyphs", "class_glyphs", "number_glyphs", "token_glyphs", "visible"]
+__all__ = [
+    "MAX_SHOWN",
+    "Glyphs",
+    "class_glyphs",
+    "header_glyphs",
+    "number_glyphs",
+    "token_glyphs",
+    "visible",
+]
 
 # Characters of one token that are shown; the rest is counted.
 MAX_SHOWN = 48
@@ -67,6 +76,16 @@ def token_glyphs(table: TokenizerTable) -> Callable[[int], Glyphs]:
         return Glyphs(text, "newline" if data.endswith(b"\n") else "text")
 
     return glyphs
+
+
+def header_glyphs(header: Header, table: TokenizerTable | None) -> Callable[[int], Glyphs]:
+    """id -> glyphs, for a store: by its tokenizer's table, its classes, or as numbers."""
+    if table is not None:
+        return token_glyphs(table)
+    names = header.configuration.get("classes")
+    if isinstance(names, list) and names:
+        return class_glyphs([str(name) for name in names])
+    return number_glyphs
 
 
 def number_glyphs(token: int) -> Glyphs:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from logitstore.spec.header import Header
 from logitstore.spec.index import Index, IndexRow
 from logitstore.spec.plan import Plan
 from logitstore.spec.statistics import Statistics
+from logitstore.spec.tokenizer_table import TokenizerTable
 from logitstore.store.backend import ReadBackend
 from logitstore.store.connect import connect_reader
 from logitstore.store.documents import (
@@ -42,12 +43,16 @@ from logitstore.store.documents import (
     load_plans,
     load_table,
     object_key,
+    table_key,
 )
 from logitstore.store.location import Location
 from logitstore.store.lru import ProcessLRU
 from logitstore.store.remote import RemoteReader
 from logitstore.store.retry import TRAINING_PATIENCE_S, patience
 from logitstore.store.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from logitstore.display.notebook import ShownSample
 
 __all__ = [
     "ShardView",
@@ -413,6 +418,27 @@ class Store:
         """One sample; decodes its whole chunk."""
         shard, chunk, row = self.locate(sample)
         return self.read_chunk(shard, chunk, columns).sample(row)
+
+    def show(
+        self, sample: int, *, measure: str = "entropy", start: int = 0, positions: int = 512
+    ) -> ShownSample:
+        """One sample as a heat map, for a notebook: needs no script and no network.
+
+        Args:
+            measure: entropy, top1_prob, label_logprob, label_rank or kept_mass, shown first.
+            start, positions: the part of the sample; at most 2048 positions.
+
+        Raises: NotFoundError sample-out-of-range; UsageError bad-argument; what reading raises.
+        """
+        from logitstore.display.notebook import ShownSample
+
+        named = self.header.tokenizer
+        table = None
+        if named is not None and named.table is not None:
+            where = f"{self.location}/{table_key(named.table)}"
+            table = TokenizerTable.decode(self.table(named.table), where=where)
+        part: dict[str, Any] = {"measure": measure, "start": start, "positions": positions}
+        return ShownSample(self.sample(sample), self.header, table, sample=sample, **part)
 
     def statistics(self) -> Statistics:
         """Of all visible shards, from commits or the index; no chunk is read."""

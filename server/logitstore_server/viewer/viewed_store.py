@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from logitstore.display.glyphs import Glyphs, class_glyphs, number_glyphs, token_glyphs
+from logitstore.display.glyphs import Glyphs, header_glyphs
 from logitstore.record import Record
 from logitstore.spec.errors import LogitstoreError
 from logitstore.spec.plan import CorpusInfo
@@ -85,12 +85,7 @@ class ViewedStore:
     @cached_property
     def glyphs(self) -> Callable[[int], Glyphs]:
         """id -> what is shown for it."""
-        if self.table_problem is None and self.table is not None:
-            return token_glyphs(self.table)
-        names = self.header.configuration.get("classes")
-        if isinstance(names, list) and names:
-            return class_glyphs([str(name) for name in names])
-        return number_glyphs
+        return header_glyphs(self.header, None if self.table_problem is not None else self.table)
 
     @cached_property
     def statistics(self) -> Statistics:
