@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from logitstore.losses.contract import Rows
+from logitstore.losses.dense_divergence import LOG_ZERO
 from logitstore.losses.rows import KeptRows, require_labels
 from logitstore.targets.dense import at_least_float32
 
@@ -50,10 +51,10 @@ def completed_logprobs(rows: Rows, kept: KeptRows, missing: str, name: str) -> T
 def student_logprobs(rows: Rows, temperature: float = 1.0, vocab: int | None = None) -> Tensor:
     """log softmax(student / T) over the first `vocab` ids (default: all), float [R, V].
 
-    Rows that do not count are uniform. A logit of -inf becomes the lowest finite log-prob, so that
-    0 log 0 = 0 also in gradients.
+    Rows that do not count are uniform. A logit of -inf becomes LOG_ZERO, so that 0 log 0 = 0 in
+    gradients too.
     """
     logits_RV = at_least_float32(rows.student_RV)[:, :vocab]
     logits_RV = logits_RV.masked_fill(~rows.mask_R[:, None], 0.0)
     logprobs_RV = torch.log_softmax(logits_RV / temperature, -1)
-    return logprobs_RV.clamp_min(torch.finfo(logprobs_RV.dtype).min / 4)
+    return logprobs_RV.clamp_min(LOG_ZERO)

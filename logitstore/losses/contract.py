@@ -362,7 +362,7 @@ def align(
     student_RV = student_logits.reshape(num_rows, vocab)
     return Rows(
         at_least_float32(student_RV) if upcast else student_RV,
-        labels_R,
+        None if labels_R is None else labels_R.long(),
         mask_R,
         targets,
         leading,

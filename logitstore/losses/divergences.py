@@ -4,6 +4,8 @@ partial."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,8 @@ from logitstore.losses.contract import (
     loss,
     reduce,
 )
-from logitstore.losses.rows import dense_rows, kept_rows
+from logitstore.losses.dense_divergence import LOG_ZERO, Terms, dense_divergence
+from logitstore.losses.rows import kept_rows, teacher_logits
 from logitstore.losses.sparse_logprobs import sparse_logprobs
 from logitstore.spec.errors import UsageError
 from logitstore.targets import DenseTargets, Targets
@@ -91,6 +94,10 @@ def jsd(
     Raises: UsageError bad-argument (beta); TargetsError as forward_kl.
     """
     log_beta, log_rest = _log_weights(beta)
+    if isinstance(targets, DenseTargets):
+        rows = align(student_logits, targets, labels, mask, upcast=False)
+        terms = partial(_dense_jsd, log_beta=log_beta, log_rest=log_rest)
+        return reduce(_dense(rows, terms, temperature), rows, reduction, with_count)
     rows, pair = _pair(student_logits, targets, labels, mask, missing, temperature, "jsd")
     loss_R = _jsd_terms(pair.log_p, pair.log_q, log_beta, log_rest).sum(-1)
     if pair.log_r is not None and pair.log_s is not None:
@@ -124,6 +131,9 @@ def tvd(
     Args: as `jsd`, without beta.
     Raises: TargetsError as forward_kl.
     """
+    if isinstance(targets, DenseTargets):
+        rows = align(student_logits, targets, labels, mask, upcast=False)
+        return reduce(_dense(rows, _dense_tvd, temperature), rows, reduction, with_count)
     rows, pair = _pair(student_logits, targets, labels, mask, missing, temperature, "tvd")
     loss_R = 0.5 * (pair.log_p.exp() - pair.log_q.exp()).abs().sum(-1)
     if pair.log_r is not None and pair.log_s is not None:
@@ -188,13 +198,8 @@ def _pair(
     temperature: float,
     name: str,
 ) -> tuple[Rows, _Pair]:
-    dense = isinstance(targets, DenseTargets)
-    sparse = not dense and missing in ("ghost", "renormalize_both")
+    sparse = missing in ("ghost", "renormalize_both")
     rows = align(student_logits, targets, labels, mask, upcast=not sparse)
-    if dense:
-        return rows, _Pair(
-            _floor(dense_rows(rows, temperature)), student_logprobs(rows, temperature)
-        )
     kept = kept_rows(rows, name, temperature)
     if not sparse:
         log_p_RV = completed_logprobs(rows, kept, missing, name)
@@ -226,6 +231,30 @@ def _pair(
     )
 
 
+def _dense(rows: Rows, terms: Callable[[Tensor, Tensor], Terms], temperature: float) -> Tensor:
+    return dense_divergence(
+        rows.student_RV,
+        teacher_logits(rows),
+        rows.mask_R,
+        terms,
+        student_temperature=temperature,
+        teacher_temperature=temperature,
+    )
+
+
+def _dense_jsd(log_p: Tensor, log_q: Tensor, *, log_beta: float, log_rest: float) -> Terms:
+    log_m = torch.logaddexp(log_p + log_beta, log_q + log_rest)
+    slope = math.exp(log_rest) * log_q.exp() * (log_q - log_m)
+    teacher = math.exp(log_beta) * log_p.exp() * (log_p - log_m)
+    return Terms((teacher + slope).sum(-1), slope)
+
+
+def _dense_tvd(log_p: Tensor, log_q: Tensor) -> Terms:
+    q = log_q.exp()
+    gap = q - log_p.exp()
+    return Terms(0.5 * gap.abs().sum(-1), 0.5 * q * gap.sign())
+
+
 def _jsd_terms(log_p: Tensor, log_q: Tensor, log_beta: float, log_rest: float) -> Tensor:
     """Each id's share: beta p log(p/M) + (1 - beta) q log(q/M)."""
     log_m = torch.logaddexp(log_p + log_beta, log_q + log_rest)
@@ -235,7 +264,7 @@ def _jsd_terms(log_p: Tensor, log_q: Tensor, log_beta: float, log_rest: float) -
 
 def _floor(logprobs: Tensor) -> Tensor:
     """-inf becomes the lowest finite value, so that 0 log 0 = 0 also in gradients."""
-    return logprobs.clamp_min(torch.finfo(logprobs.dtype).min / 4)
+    return logprobs.clamp_min(LOG_ZERO)
 
 
 def _log_weights(beta: float) -> tuple[float, float]:

@@ -98,8 +98,10 @@ def dual_head(
         assert isinstance(at.targets, DenseTargets)
         teacher_NV = at.targets.logits.to(at.dtype)
         student_NV = at.student_NV[:, : teacher_NV.shape[-1]]
-        # Equal logits give 0 in value and gradient.
-        teacher_NV = torch.where(teacher_NV > -math.inf, teacher_NV, student_NV.detach())
+        # Equal logits give 0 in value and gradient. The student may rule out the same ids.
+        possible_NV = teacher_NV > -math.inf
+        teacher_NV = teacher_NV.masked_fill(~possible_NV, 0.0)
+        student_NV = student_NV.masked_fill(~possible_NV, 0.0)
         loss_N = _class_sums(student_NV, teacher_NV, temperature, form)
     else:
         loss_N = _stored(at, temperature, form, one_sided=missing == "one_sided")
@@ -113,8 +115,13 @@ def _stored(at: Positions, temperature: float, form: str, *, one_sided: bool) ->
     lse_N1 = require(at.targets, "lse", "dual_head").to(at.dtype)[:, None]
     student_NK = at.student_NV.gather(-1, ids_NK.clamp_min(0)).to(at.dtype)
     raw_NK = at.targets.logprobs.to(at.dtype) + lse_N1
-    teacher_NK = torch.where(valid_NK & (raw_NK > -math.inf), raw_NK, student_NK.detach())
-    loss_N = _class_sums(student_NK, teacher_NK, temperature, form)
+    possible_NK = valid_NK & (raw_NK > -math.inf)
+    loss_N = _class_sums(
+        student_NK.masked_fill(~possible_NK, 0.0),
+        raw_NK.masked_fill(~possible_NK, 0.0),
+        temperature,
+        form,
+    )
     if one_sided:
         # Always-ids follow the list and say nothing about the ids that it lacks.
         assert isinstance(at.rows.targets, TopKTargets)
@@ -124,7 +131,9 @@ def _stored(at: Positions, temperature: float, form: str, *, one_sided: bool) ->
         shared_NV = at.student_NV[:, : at.targets.vocab_size]
         # A stored id above the last one is matched already; padding repeats the row's first id.
         stored_NK = torch.where(valid_NK, ids_NK, ids_NK[:, :1])
-        above_NV = (shared_NV.detach() > last_N1).scatter(-1, stored_NK, False)
+        # Where the last one cannot occur, nothing outside can.
+        above_NV = (shared_NV.detach() > last_N1) & (last_N1 > -math.inf)
+        above_NV = above_NV.scatter(-1, stored_NK, False)
         row_E, id_E = above_NV.nonzero(as_tuple=True)
         excess_E1 = shared_NV[row_E, id_E].to(at.dtype)[:, None]
         loss_E = _class_sums(excess_E1, last_N1[row_E], temperature, form)

@@ -187,7 +187,7 @@ def topk_wasserstein(
     student_Nk = at.student_NV.topk(_checked_k(k, at.student_NV.shape[-1])).values
     with torch.no_grad():
         if isinstance(at.targets, DenseTargets):
-            teacher_Nk = at.targets.logits.topk(_checked_k(k, at.targets.vocab_size)).values
+            teacher_Nk = _largest_logits(at.targets.logits, k)[0]
         else:
             assert isinstance(at.targets, TopKTargets)
             head = at.targets
@@ -259,8 +259,7 @@ def _teacher_nodes(targets: Targets, k: int, rows_of_sequence: list[Tensor]) -> 
         return x.flatten(0, 1)[rows_N.to(x.device)]
 
     if isinstance(targets, DenseTargets):
-        values_Nk, ids_Nk = take(targets.logits).topk(_checked_k(k, targets.vocab_size))
-        values_Nk = at_least_float32(values_Nk)
+        values_Nk, ids_Nk = _largest_logits(take(targets.logits), k)
     else:
         assert isinstance(targets, TopKTargets)
         lse_BU = require(targets, "lse", "gld")
@@ -270,19 +269,31 @@ def _teacher_nodes(targets: Targets, k: int, rows_of_sequence: list[Tensor]) -> 
     return _nodes(values_Nk, ids_Nk, rows_of_sequence)
 
 
+def _largest_logits(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values_Nk, ids_Nk = logits_NV.topk(_checked_k(k, logits_NV.shape[-1]))
+    if bool(torch.isneginf(values_Nk).any()):
+        raise _too_few_ids(int((values_Nk > -torch.inf).sum(-1).min()), k)
+    return at_least_float32(values_Nk), ids_Nk
+
+
+def _too_few_ids(held: int, k: int) -> TargetsError:
+    return TargetsError(
+        "targets-mismatch",
+        "a counted position holds fewer exact ids than the loss compares",
+        got=f"{held} ids that can occur",
+        expected=f"at least k = {k}",
+        hint=f"pass a smaller k, or capture with --signal topk:K={k} or threshold:k={k + 1}",
+    )
+
+
 def _stored_logits(
     ids_NK: Tensor, logprobs_NK: Tensor, lse_N: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k largest raw logits of rows that store K >= k ids in descending order."""
-    held = int((ids_NK != PAD_ID).sum(-1).min()) if ids_NK.shape[0] else k
+    possible_NK = (ids_NK != PAD_ID) & (logprobs_NK > -torch.inf)
+    held = int(possible_NK.sum(-1).min()) if ids_NK.shape[0] else k
     if held < k:
-        raise TargetsError(
-            "targets-mismatch",
-            "a counted position holds fewer exact ids than the loss compares",
-            got=f"{held} ids",
-            expected=f"at least k = {k}",
-            hint=f"pass a smaller k, or capture with --signal topk:K={k} or threshold:k={k + 1}",
-        )
+        raise _too_few_ids(held, k)
     # float16 log-probs lose what a large lse adds; the sum is formed in float32 or better.
     logprobs_Nk = at_least_float32(logprobs_NK[:, :k])
     return logprobs_Nk + lse_N[:, None].to(logprobs_Nk.dtype), ids_NK[:, :k]

@@ -12,15 +12,13 @@ import math
 import torch
 from torch import Tensor
 
+from logitstore.losses.dense_divergence import LOG_ZERO
 from logitstore.losses.sequences import in_row_chunks
 from logitstore.losses.sorted_probs import StoredHead
 from logitstore.spec.errors import UsageError
 from logitstore.targets.dense import at_least_float32
 
 __all__ = ["hybrid_distance", "hybrid_distance_to_head"]
-
-# Below every log-prob that matters; its exponential is 0, and unlike -inf it has a gradient of 0.
-_LOG_ZERO = -1e30
 
 
 def hybrid_distance(
@@ -100,13 +98,13 @@ def hybrid_distance_to_head(
         student_id_gK = student_of_teacher_V[ids_gK.clamp_min(0)]
         matched_gK = held_gK & (student_id_gK >= 0)
         log_q_gK = log_q_gV.gather(-1, student_id_gK.clamp_min(0))
-        terms_gK = _jsd_terms(p_gK.log().clamp_min(_LOG_ZERO), log_q_gK, beta)
+        terms_gK = _jsd_terms(p_gK.log().clamp_min(LOG_ZERO), log_q_gK, beta)
         jsd_g = torch.where(matched_gK, terms_gK, 0.0).sum(-1)
         # Student mass on matched ids that are not stored, against at most r: equal masses cost 0.
         stored_q_g = torch.where(matched_gK, log_q_gK.exp(), 0.0).sum(-1)
         matched_tail_g = (log_q_gV[:, student_ids_M].exp().sum(-1) - stored_q_g).clamp_min(0)
         log_tail_q_g = matched_tail_g.clamp_min(torch.finfo(p_gK.dtype).tiny).log()
-        log_tail_p_g = torch.minimum(tail_g.log().clamp_min(_LOG_ZERO), log_tail_q_g)
+        log_tail_p_g = torch.minimum(tail_g.log().clamp_min(LOG_ZERO), log_tail_q_g)
         jsd_g = jsd_g + torch.where(
             matched_tail_g > tail_g, _jsd_terms(log_tail_p_g, log_tail_q_g, beta), 0.0
         )
@@ -138,7 +136,7 @@ def _jsd_terms(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 def _scaled_logprobs(logits_gV: Tensor, temperature: float, log_scale_g: Tensor) -> Tensor:
     logprobs_gV = torch.log_softmax(at_least_float32(logits_gV) / temperature, -1)
-    return (logprobs_gV + log_scale_g.to(logprobs_gV.dtype)[:, None]).clamp_min(_LOG_ZERO)
+    return (logprobs_gV + log_scale_g.to(logprobs_gV.dtype)[:, None]).clamp_min(LOG_ZERO)
 
 
 def _sorted(values_gW: Tensor, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss
+from logitstore.losses.dense_divergence import Terms, dense_divergence
 from logitstore.losses.positions import (
     Positions,
     counted_positions,
@@ -112,20 +113,27 @@ def kd_partial(
             if kind == "kd"
             else None,
         )
-    whole = kind in ("kd", "sim", "rel")
+    from_table = kind in ("sim", "rel")
     at = counted_positions(
-        align(student_logits, targets, labels, mask, upcast=whole), labelled="kd_partial"
+        align(student_logits, targets, labels, mask, upcast=from_table), labelled="kd_partial"
     )
     assert at.labels_N is not None
     label_N1 = at.labels_N[:, None]
     student_T = 1.0 if kind in ("ls", "sim") else temperature
 
-    if whole:
-        if kind == "kd":
-            assert isinstance(at.targets, DenseTargets)
-            rho_NV = torch.softmax(dense_logits(at) / temperature, -1)
-        else:
-            rho_NV = _table_rows(table, at, kind)
+    if kind == "kd":
+        assert isinstance(at.targets, DenseTargets)
+        distill_N = dense_divergence(
+            at.student_NV,
+            at.targets.logits,
+            torch.ones_like(at.labels_N, dtype=torch.bool),
+            _cross_entropy_terms,
+            student_temperature=student_T,
+            teacher_temperature=temperature,
+        )
+        log_q_y_N = _log_q(at, label_N1, 1.0)[:, 0]
+    elif from_table:
+        rho_NV = _table_rows(table, at, kind)
         log_q_NV = torch.log_softmax(at.student_NV / student_T, -1)
         distill_N = -vecdot(rho_NV, log_q_NV[:, : rho_NV.shape[-1]])
         if student_T != 1:
@@ -246,6 +254,12 @@ def relation_table(
     return mean_VV.to(at_least_float32(batches[0]).dtype)
 
 
+def _cross_entropy_terms(log_p: Tensor, log_q: Tensor) -> Terms:
+    """-sum p log q."""
+    p = log_p.exp()
+    return Terms(-(p * log_q).sum(-1), -p)
+
+
 def _label_logprob(at: Positions, temperature: float, needed_by: str) -> Tensor:
     """log p_T(label) [N], from the logits, the stored ids or `label_logprob`."""
     assert at.labels_N is not None
@@ -331,7 +345,10 @@ def _flat_rest(
         temperature=temperature,
     )
     weights_NK = torch.where(valid_NK, rho_NK - each_N1, 0.0)
-    distill_N = -(weights_NK * log_q_NU[:, :-1]).sum(-1) - each_N1[:, 0] * sum_log_q_N
+    # 0 log 0 = 0, on the side of the student too.
+    log_q_NK = torch.where(weights_NK != 0, log_q_NU[:, :-1], 0.0)
+    sum_log_q_N = torch.where(each_N1[:, 0] > 0, sum_log_q_N, 0.0)
+    distill_N = -(weights_NK * log_q_NK).sum(-1) - each_N1[:, 0] * sum_log_q_N
     if temperature == 1:
         return distill_N, log_q_NU[:, -1]
     return distill_N, _log_q(at, label_N1, 1.0)[:, 0]

@@ -15,7 +15,13 @@ from logitstore.losses.contract import (
     loss,
     reduce,
 )
-from logitstore.losses.rows import KeptRows, dense_rows, kept_rows
+from logitstore.losses.dense_divergence import (
+    LOG_ZERO,
+    dense_divergence,
+    forward_kl_terms,
+    reverse_kl_terms,
+)
+from logitstore.losses.rows import KeptRows, kept_rows, teacher_logits
 from logitstore.losses.sparse_logprobs import sparse_logprobs
 from logitstore.losses.sparse_target import sparse_target
 from logitstore.targets import DenseTargets, Targets
@@ -86,10 +92,16 @@ def forward_kl(
     never log(1 - sum exp), which is noise once q_S exceeds about 0.9999. One copy of the logits as
     extra memory.
     """
-    dense = isinstance(targets, DenseTargets)
-    rows = align(student_logits, targets, labels, mask, upcast=dense)
-    if dense:
-        loss_R = _forward_kl_dense(rows, temperature)
+    rows = align(student_logits, targets, labels, mask, upcast=False)
+    if isinstance(targets, DenseTargets):
+        loss_R = dense_divergence(
+            rows.student_RV,
+            teacher_logits(rows),
+            rows.mask_R,
+            forward_kl_terms,
+            student_temperature=temperature,
+            teacher_temperature=temperature,
+        )
     elif missing == "renormalize_both" and targets.signal == "topk":
         kept = kept_rows(rows, "forward_kl", temperature)
         loss_R = _forward_kl_renormalized(rows, kept, temperature)
@@ -129,8 +141,8 @@ def reverse_kl(
 
     `none`, `renormalize` and `label` give ids outside S probability 0, so the divergence is
     infinite as soon as the student has any mass there; sampled and threshold targets do so too.
-    They are refused. A teacher logit of -inf makes the true value infinite; this one is then
-    astronomically large.
+    They are refused. A teacher logit of -inf makes the true value infinite; here its log-prob
+    counts as -1e30: astronomically large, but finite.
 
     Args:
         student_logits: float [..., V], raw logits, no shift. Ids beyond the teacher's vocabulary
@@ -147,53 +159,50 @@ def reverse_kl(
     Raises: TargetsError missing-not-allowed, aux-missing, targets-mismatch, shape-mismatch,
     empty-mask.
 
-    Cost: ghost and renormalize_both as forward_kl; uniform and uniform_all build [R, V] teacher
-    rows.
+    Cost: dense, ghost and renormalize_both as forward_kl; uniform and uniform_all build [R, V]
+    teacher rows.
     """
-    sparse = targets.signal == "topk" and missing in ("ghost", "renormalize_both")
-    rows = align(student_logits, targets, labels, mask, upcast=not sparse)
-    if sparse:
-        kept = kept_rows(rows, "reverse_kl", temperature)
-        loss_R = _reverse_kl_sparse(rows, kept, missing, temperature)
+    completed = targets.signal == "topk" and missing in ("uniform", "uniform_all")
+    rows = align(student_logits, targets, labels, mask, upcast=completed)
+    shared = targets.vocab_size
+    if isinstance(targets, DenseTargets):
+        loss_R = dense_divergence(
+            rows.student_RV[:, :shared],
+            teacher_logits(rows),
+            rows.mask_R,
+            reverse_kl_terms,
+            student_temperature=temperature,
+            teacher_temperature=temperature,
+        )
     else:
-        if isinstance(targets, DenseTargets):
-            teacher_RV = dense_rows(rows, temperature)
+        kept = kept_rows(rows, "reverse_kl", temperature)
+        if completed:
+            log_p_RV = completed_logprobs(rows, kept, missing, "reverse_kl")[:, :shared]
+            log_q_RV = student_logprobs(rows, temperature, shared)
+            loss_R = reverse_kl_terms(log_p_RV.clamp_min(LOG_ZERO), log_q_RV).value
         else:
-            kept = kept_rows(rows, "reverse_kl", temperature)
-            teacher_RV = completed_logprobs(rows, kept, missing, "reverse_kl")
-        shared = targets.vocab_size
-        log_q_RV = student_logprobs(rows, temperature, shared)
-        # The floor keeps 0 (log 0 - log 0) = 0 where both rule an id out.
-        log_p_RV = teacher_RV[:, :shared].clamp_min(torch.finfo(teacher_RV.dtype).min / 4)
-        loss_R = (log_q_RV.exp() * (log_q_RV - log_p_RV)).sum(-1)
+            loss_R = _reverse_kl_sparse(rows, kept, missing, temperature)
     return reduce(temperature**2 * loss_R, rows, reduction, with_count)
-
-
-def _forward_kl_dense(rows: Rows, temperature: float) -> Tensor:
-    log_p_RV = dense_rows(rows, temperature)
-    p_RV = log_p_RV.exp()
-    log_q_RV = student_logprobs(rows, temperature)
-    # 0 log 0 = 0 on the teacher's side.
-    return torch.special.xlogy(p_RV, p_RV).sum(-1) - (p_RV * log_q_RV).sum(-1)
 
 
 def _forward_kl_renormalized(rows: Rows, kept: KeptRows, temperature: float) -> Tensor:
     log_p_RK = _renormalized(kept.logprobs)
     log_q_RK = _renormalized(_student_on(rows, kept, temperature))
     valid_RK = kept.ids >= 0
-    gap_RK = torch.where(valid_RK, log_p_RK - log_q_RK, 0.0)
-    return (torch.where(valid_RK, log_p_RK.exp(), 0.0) * gap_RK).sum(-1)
+    # 0 log 0 = 0: a stored id may have probability 0.
+    p_RK = torch.where(valid_RK, log_p_RK.exp(), 0.0)
+    return (p_RK * torch.where(p_RK > 0, log_p_RK - log_q_RK, 0.0)).sum(-1)
 
 
 def _reverse_kl_sparse(rows: Rows, kept: KeptRows, missing: Missing, temperature: float) -> Tensor:
     valid_RK = kept.ids >= 0
-    log_p_RK = torch.where(valid_RK, kept.logprobs, 0.0)
     if missing == "renormalize_both":
-        log_q_RK = _renormalized(_student_on(rows, kept, temperature))
-        log_p_RK = torch.where(valid_RK, _renormalized(kept.logprobs), 0.0)
+        log_q_RK = _renormalized(_student_on(rows, kept, temperature)).clamp_min(LOG_ZERO)
+        log_p_RK = _renormalized(kept.logprobs).clamp_min(LOG_ZERO)
         gap_RK = torch.where(valid_RK, log_q_RK - log_p_RK, 0.0)
         return (torch.where(valid_RK, log_q_RK.exp(), 0.0) * gap_RK).sum(-1)
-    log_r_R = kept.require_tail("reverse_kl with missing='ghost'")
+    log_p_RK = torch.where(valid_RK, kept.logprobs.clamp_min(LOG_ZERO), 0.0)
+    log_r_R = kept.require_tail("reverse_kl with missing='ghost'").clamp_min(LOG_ZERO)
     student = sparse_logprobs(
         rows.student_RV,
         kept.ids,
@@ -201,7 +210,7 @@ def _reverse_kl_sparse(rows: Rows, kept: KeptRows, missing: Missing, temperature
         num_excluded=kept.ids.shape[-1],
         temperature=temperature,
     )
-    gap_RK = student.logprobs - log_p_RK
+    gap_RK = student.logprobs.clamp_min(LOG_ZERO) - log_p_RK
     head_R = (torch.where(valid_RK, student.logprobs.exp(), 0.0) * gap_RK).sum(-1)
     # K = V leaves the student no tail either; rows that do not count have none to look at.
     has_tail_R = ~torch.isneginf(student.log_tail) & rows.mask_R

@@ -15,7 +15,7 @@ from torch import Tensor
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss
 from logitstore.losses.positions import Positions, counted_positions
 from logitstore.spec.errors import TargetsError, UsageError
-from logitstore.targets import PAD_ID, ScoresTargets, Targets, TopKTargets
+from logitstore.targets import PAD_ID, DenseTargets, ScoresTargets, Targets, TopKTargets
 
 __all__ = ["llp_distribution", "llp_rank"]
 
@@ -23,7 +23,7 @@ _SOURCE = "arXiv:2210.05801 (ICML 2023); language reading derived for this proje
 
 
 @loss(
-    signals={"scores": "exact", "topk": "exact", "threshold": "exact"},
+    signals={"dense": "exact", "scores": "exact", "topk": "exact", "threshold": "exact"},
     source=_SOURCE,
 )
 def llp_rank(
@@ -47,9 +47,10 @@ def llp_rank(
     Args:
         student_logits: float [..., C] scores of the stored candidates for `scores` targets (the
             released code scores with a sigmoid); float [..., V] logits for topk and threshold,
-            whose stored ids (threshold: the exact head), always-ids included, are the contexts.
-        targets: scores, topk or threshold. Exact on the stored contexts; fresh negatives need the
-            dense teacher.
+            whose stored ids (threshold: the exact head), always-ids included, are the contexts, and
+            for dense, where all V ids are.
+        targets: dense, scores, topk or threshold. Exact on the stored contexts. Dense ones are for
+            small label sets: there are V (V - 1) / 2 pairs.
         labels: only used to ignore positions (label -100) when there is no mask.
         mask: bool [...], anchors that count. Contexts are masked by id -1: their pairs are dropped.
         margin: m. The released code has 0.1 and searches 0.05, 0.1, 0.2.
@@ -88,7 +89,7 @@ def llp_rank(
 
 
 @loss(
-    signals={"scores": "exact", "topk": "exact", "threshold": "exact"},
+    signals={"dense": "exact", "scores": "exact", "topk": "exact", "threshold": "exact"},
     source=_SOURCE,
 )
 def llp_distribution(
@@ -109,7 +110,7 @@ def llp_distribution(
 
     Args:
         student_logits: as in `llp_rank`.
-        targets: scores, topk or threshold (its exact head).
+        targets: dense, scores, topk or threshold (its exact head).
         labels: only used to ignore positions (label -100) when there is no mask.
         mask: bool [...], anchors that count. Contexts are masked by id -1.
         temperature: T, tau of the paper (1 in the released code).
@@ -128,7 +129,9 @@ def llp_distribution(
     student_NC, teacher_NC, valid_NC = _context_scores(at)
     log_p_NC = _log_softmax_over(teacher_NC / temperature, valid_NC)
     log_q_NC = _log_softmax_over(student_NC / temperature, valid_NC)
-    kl_NC = torch.where(valid_NC, log_p_NC.exp() * (log_p_NC - log_q_NC), 0.0)
+    # 0 log 0 = 0.
+    counts_NC = valid_NC & (log_p_NC.exp() > 0)
+    kl_NC = torch.where(counts_NC, log_p_NC.exp() * (log_p_NC - log_q_NC), 0.0)
     return at.reduce(temperature**2 * kl_NC.sum(-1), reduction, with_count)
 
 
@@ -155,9 +158,13 @@ def _context_scores(at: Positions) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(targets, ScoresTargets):
         valid_NC = targets.valid()
         student_NC, teacher_NC = at.student_NV, targets.scores
+    elif isinstance(targets, DenseTargets):
+        student_NC, teacher_NC = at.student_NV[:, : targets.vocab_size], targets.logits
+        valid_NC = teacher_NC > -torch.inf
     else:
         assert isinstance(targets, TopKTargets)
-        valid_NC = targets.ids != PAD_ID
+        # An id that cannot occur is no context.
+        valid_NC = (targets.ids != PAD_ID) & (targets.logprobs > -torch.inf)
         student_NC = at.student_NV.gather(-1, targets.ids.clamp_min(0))
         teacher_NC = targets.logprobs
     student_NC = torch.where(valid_NC, student_NC.to(at.dtype), 0.0)

@@ -33,6 +33,8 @@ __all__ = [
     "refuse_temperature",
     "require_labels",
     "student_precision",
+    "teacher_logits",
+    "tempered_tail",
     "weighted_rows",
 ]
 
@@ -148,11 +150,15 @@ def weighted_rows(rows: Rows) -> WeightedRows:
     )
 
 
+def teacher_logits(rows: Rows) -> Tensor:
+    """Raw logits of dense targets, float [R, V'] in the dtype they are kept in."""
+    assert isinstance(rows.targets, DenseTargets)
+    return rows.targets.logits.reshape(rows.student_RV.shape[0], -1)
+
+
 def dense_rows(rows: Rows, temperature: float = 1.0) -> Tensor:
     """log softmax(z / T), float [R, V of the student], -inf at ids the teacher lacks."""
-    targets = rows.targets
-    assert isinstance(targets, DenseTargets)
-    logits_RV = at_least_float32(targets.logits).reshape(-1, targets.logits.shape[-1])
+    logits_RV = at_least_float32(teacher_logits(rows))
     logits_RV = torch.where(rows.mask_R[:, None], logits_RV, 0.0)
     logprobs_RV = torch.log_softmax(logits_RV / temperature, -1)
     extra = rows.student_RV.shape[-1] - logprobs_RV.shape[-1]
@@ -211,10 +217,37 @@ def _softened(kept: KeptRows, targets: Targets, name: str, temperature: float) -
     lse_at_R = require(targets, "lse_at", name, temperature=temperature).reshape(-1)
     lse_R = require(targets, "lse", name).reshape(-1)
     logprobs_RK = (kept.logprobs + lse_R[:, None]) / temperature - lse_at_R[:, None]
-    # No softened tail is stored. The tail grows with T, so 1 - sum is harmless for T > 1; rounding
-    # can leave less than nothing, which is none.
-    sum_R = logprobs_RK.masked_fill(kept.ids < 0, -torch.inf).exp().sum(-1)
-    return kept._replace(logprobs=logprobs_RK, log_tail=torch.log1p(-sum_R.clamp(max=1.0)))
+    log_tail_R = tempered_tail(
+        logprobs_RK.masked_fill(kept.ids < 0, -torch.inf),
+        None if kept.log_tail is None else (kept.log_tail + lse_R) / temperature - lse_at_R,
+        kept.vocab_size - kept.num_kept,
+        1 / temperature,
+    )
+    return kept._replace(logprobs=logprobs_RK, log_tail=log_tail_R)
+
+
+def tempered_tail(
+    logprobs_RK: Tensor, log_bucket_R: Tensor | None, num_outside_R: Tensor, gamma: float
+) -> Tensor:
+    """log of p_T's mass outside the kept ids, [R]: 1 - sum, within what the stored tail allows.
+
+    With r the mass outside at T = 1, the sum over the tail of p^gamma lies between r^gamma and
+    (V - K)^(1 - gamma) r^gamma (the other way round for gamma > 1). So rounded log-probs that sum
+    to 1 or more do not make a tail vanish that is there.
+
+    Args:
+        logprobs_RK: log p_T of the kept ids; -inf at padding.
+        log_bucket_R: gamma log r on the scale of `logprobs`; None when r is not stored.
+        num_outside_R: V - K.
+        gamma: 1 / T.
+    """
+    log_rest_R = torch.log(-torch.expm1(logprobs_RK.logsumexp(-1).clamp_max(0.0)))
+    if log_bucket_R is None:
+        return log_rest_R
+    log_flat_R = log_bucket_R + (1 - gamma) * num_outside_R.clamp_min(1).to(log_rest_R.dtype).log()
+    return log_rest_R.clamp(
+        torch.minimum(log_bucket_R, log_flat_R), torch.maximum(log_bucket_R, log_flat_R)
+    )
 
 
 def _head_rows(rows: Rows, targets: ThresholdTargets) -> KeptRows:

@@ -70,13 +70,15 @@ class SparseTarget:
 
     def loss_of(self, out: SparseLogprobs) -> Tensor:
         """float [R] from the student's log-probs at `ids`."""
-        loss_R = self.constant - (self.weights * out.logprobs).sum(-1)
+        # 0 log 0 = 0, on the side of the student too: -inf at an id of weight 0 says nothing.
+        logprobs_RU = torch.where(self.weights != 0, out.logprobs, 0.0)
+        loss_R = self.constant - (self.weights * logprobs_RU).sum(-1)
         if self.tail_weight is not None:
-            # 0 log 0 = 0: no teacher mass outside asks nothing of the student's.
             log_tail_R = torch.where(self.tail_weight > 0, out.log_tail, 0.0)
             loss_R = loss_R - self.tail_weight * log_tail_R
         if self.background is not None:
-            loss_R = loss_R - self.background * out.total
+            total_R = torch.where(self.background > 0, out.total, 0.0)
+            loss_R = loss_R - self.background * total_R
         return loss_R
 
     def take(self, index_L: Tensor | slice) -> SparseTarget:

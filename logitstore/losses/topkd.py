@@ -93,7 +93,8 @@ def topkd(
     No public text gives the constants marked "ours"; they are choices of this project.
 
     Raises: UsageError bad-argument (2 K > V, K not stored, CON from topk); TargetsError
-        aux-missing, label-missing, shape-mismatch, empty-mask.
+        aux-missing, label-missing, shape-mismatch, empty-mask, targets-mismatch (a teacher logit
+        of -inf).
 
     Traps: an unrelated TopKD exists (ICML 2024, persistence diagrams), and a face-recognition
     "TopKDLoss" mixes KL, cosine and mass error; neither is this.
@@ -122,6 +123,7 @@ def topkd(
     scaled = top_scaled_logits(
         teacher_NV, at.labels_N, rank_weights=weights_K, label_factor=label_factor, delta=delta
     )
+    _check_finite(scaled.delta)
     order_NV = torch.sort(scaled.logits, dim=-1, descending=True, stable=True).indices
     loss_N = torch.ones_like(scaled.delta)
     groups = ((alpha, slice(None, k)), (beta, slice(-k, None)), (1.0, slice(k, -k)))
@@ -197,6 +199,7 @@ def _stored_pos_cosine(
         vocab_size = targets.vocab_size
         mean_others_N = (vocab_size * mean_N - top_NK.sum(-1)) / (vocab_size - k)
         delta_N1 = (delta * (top_NK.mean(-1) - mean_others_N))[:, None]
+    _check_finite(delta_N1 + top_NK[:, -1:])
     scaled_NS = torch.cat([top_NK * weights_K + delta_N1, plain_NS[:, k:]], -1)
     # The label's own column, where the teacher is wrong; its stored slot then leaves the list.
     label_N1 = at.labels_N[:, None]
@@ -235,6 +238,17 @@ def _cosine(student_NG: Tensor, teacher_NG: Tensor) -> Tensor:
     if student_NG.shape[-1] == 0:
         return student_NG.sum(-1)
     return cosine_similarity(student_NG, teacher_NG, dim=-1, eps=_SMALLEST_NORM)
+
+
+def _check_finite(delta: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(delta).all()):
+        raise TargetsError(
+            "targets-mismatch",
+            "topkd scales raw logits, and has none of an id that cannot occur",
+            got="teacher logits of -inf",
+            expected="finite teacher logits at every counted position",
+            hint="leave out padded vocabulary rows: ids that can occur are enough",
+        )
 
 
 def _check_options(

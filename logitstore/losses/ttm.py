@@ -10,15 +10,16 @@ import math
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 
 from logitstore.losses.contract import LossAndCount, Reduction, align, loss, require
+from logitstore.losses.dense_divergence import dense_divergence, forward_kl_terms
 from logitstore.losses.positions import (
     Positions,
     counted_positions,
-    dense_logits,
     tempered_logprobs,
 )
+from logitstore.losses.rows import tempered_tail
+from logitstore.losses.sequences import rows_per_chunk
 from logitstore.losses.sparse_logprobs import sparse_logprobs
 from logitstore.spec.errors import UsageError
 from logitstore.targets import PAD_ID, DenseTargets, Targets, TopKTargets
@@ -150,9 +151,8 @@ def _tempered_kl(
         )
     gamma = 1 / given if gamma is None else gamma
     temperature = 1 / gamma if temperature is None else temperature
-    dense = isinstance(targets, DenseTargets)
-    at = counted_positions(align(student_logits, targets, labels, mask, upcast=dense))
-    if dense:
+    at = counted_positions(align(student_logits, targets, labels, mask, upcast=False))
+    if isinstance(targets, DenseTargets):
         kl_N, log_u_N = _dense(at, gamma)
     else:
         if missing is None:
@@ -163,14 +163,18 @@ def _tempered_kl(
 
 def _dense(at: Positions, gamma: float) -> tuple[Tensor, Tensor]:
     assert isinstance(at.targets, DenseTargets)
-    teacher_NV = dense_logits(at)
-    log_u_N = (gamma * teacher_NV).logsumexp(-1) - gamma * teacher_NV.logsumexp(-1)
-    log_target_NV = torch.log_softmax(gamma * teacher_NV, -1)
-    target_NV = log_target_NV.exp()
-    # Dot products keep no [N, V] result. 0 log 0 = 0, also for ids that cannot occur.
-    log_target_NV.clamp_(min=torch.finfo(at.dtype).min)
-    log_q_NV = torch.log_softmax(at.student_NV, -1)
-    return vecdot(target_NV, log_target_NV) - vecdot(target_NV, log_q_NV), log_u_N
+    everywhere_N = torch.ones_like(at.student_NV[:, 0], dtype=torch.bool)
+    kl_N = dense_divergence(
+        at.student_NV,
+        at.targets.logits,
+        everywhere_N,
+        forward_kl_terms,
+        teacher_temperature=1 / gamma,
+    )
+    rows = rows_per_chunk(*at.targets.logits.shape)
+    parts = [x.to(at.dtype) for x in at.targets.logits.split(rows)]
+    log_u_N = torch.cat([(gamma * z).logsumexp(-1) - gamma * z.logsumexp(-1) for z in parts])
+    return kl_N, log_u_N
 
 
 def _stored(
@@ -209,13 +213,12 @@ def _stored(
         # log U = gamma log p - log p^gamma / U, the same for every id; the first id is always
         # stored.
         log_u_N = gamma * logprobs_NK[:, 0] - log_target_NK[:, 0]
-        log_mt_N = _log_complement(log_target_NK)
-        if log_tail_N is not None:
-            # sum_tail p^gamma lies between r^gamma and (V-K)^(1-gamma) r^gamma (the other way round
-            # for gamma > 1), which cuts off the rounding noise of stored half-precision log-probs.
-            one_N = gamma * log_tail_N - log_u_N
-            flat_N = one_N + (1 - gamma) * num_outside_N.clamp_min(1).log()
-            log_mt_N = log_mt_N.clamp(torch.minimum(one_N, flat_N), torch.maximum(one_N, flat_N))
+        log_mt_N = tempered_tail(
+            log_target_NK,
+            None if log_tail_N is None else gamma * log_tail_N - log_u_N,
+            num_outside_N,
+            gamma,
+        )
 
     if missing == "ghost":
         log_target_tail_N = log_mt_N
@@ -236,9 +239,3 @@ def _kl_sum(log_target: Tensor, log_q: Tensor) -> Tensor:
     """sum target (log target - log q) over the last axis; ids of target 0 contribute 0."""
     target = log_target.exp()
     return torch.where(target > 0, target * (log_target - log_q), 0.0).sum(-1)
-
-
-def _log_complement(log_target_NK: Tensor) -> Tensor:
-    """log(1 - sum exp), -inf when nothing is left. Only a record without the tail's own logsumexp
-    needs it."""
-    return torch.log(-torch.expm1(log_target_NK.logsumexp(-1).clamp_max(0.0)))

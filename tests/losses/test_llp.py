@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from logitstore.losses import forward_kl, llp_distribution, llp_rank
 from logitstore.spec.errors import TargetsError, UsageError
-from logitstore.targets import ScoresTargets, TopKTargets
+from logitstore.targets import DenseTargets, SampledTargets, ScoresTargets, TopKTargets
 from tests.losses import laws
 from tests.losses.cases import (
     Vectors,
@@ -185,9 +185,29 @@ def test_refusals():
         llp_rank(t, scores(t), margin=-0.1)
     with pytest.raises(UsageError):
         llp_distribution(t, scores(t), temperature=0.0)
+    sampled = SampledTargets.from_counts(
+        torch.tensor([[0], [1]]), torch.ones(2, 1, dtype=torch.int64), rounds=1, vocab_size=5
+    )
     with pytest.raises(TargetsError) as refusal:
-        llp_rank(random_logits(1, laws.B, laws.T, laws.V), laws.dense_targets())
+        llp_rank(t, sampled)
     assert refusal.value.kind == "targets-mismatch"
+
+
+@pytest.mark.parametrize("loss", [llp_rank, llp_distribution])
+def test_all_ids_of_dense_targets_are_the_contexts(loss):
+    """What a record of K = V gives; an id that cannot occur is no context."""
+    student, teacher = random_logits(1, 2, 5), random_logits(2, 2, 5)
+    everything = TopKTargets.from_logits(teacher, 5)
+    dense, dense_gradient = value_and_gradient(loss, student, DenseTargets.from_logits(teacher))
+    value, gradient = value_and_gradient(loss, student, everything)
+    torch.testing.assert_close(dense, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(dense_gradient, gradient, rtol=1e-12, atol=1e-15)
+    padded = torch.nn.functional.pad(teacher, (0, 2), value=-torch.inf)
+    wider = torch.nn.functional.pad(student, (0, 2), value=7.0)
+    for targets in (DenseTargets.from_logits(padded), TopKTargets.from_logits(padded, 7)):
+        again, gradient = value_and_gradient(loss, wider, targets)
+        torch.testing.assert_close(again, dense, rtol=1e-12, atol=0)
+        assert (gradient[:, 5:] == 0).all()
 
 
 @pytest.mark.parametrize("loss", [llp_rank, llp_distribution])
