@@ -92,6 +92,15 @@ def test_pages_hold_no_inline_script_style_or_handler(client):
             assert " src=" in tag.partition(">")[0] or "application/json" in tag.partition(">")[0]
 
 
+def test_a_sample_names_the_command_that_runs_its_teacher_again(client, stores):
+    told = client.get("/stores/topk/samples/1.json").json()["copy"]["audit"]
+    where = str(stores["topk"].location)
+    assert told == f"logitstore audit {where} --teacher hf:FOLDER_OR_ID --sample 1"
+    assert told in client.get("/stores/topk/samples/1").text
+    assert client.get("/stores/graph/samples/1.json").json()["copy"]["audit"] is None
+    assert "Is the record true" not in client.get("/stores/graph/samples/1").text
+
+
 def test_hostile_names_and_tokens_are_text(client):
     home = client.get("/").text
     assert HOSTILE_NAME not in home

@@ -58,6 +58,8 @@ SECURITY_HEADERS = {
 STATIC = Path(__file__).parent / "static"
 THEMES = ("light", "dark")
 THEME_COOKIE = "logitstore-theme"
+# Signals that no fresh run is compared with.
+_NOT_AUDITED = ("graph", "scores")
 # What one reader may see, another may not.
 _PRIVATE = {"Cache-Control": "private, no-cache"}
 # Positions of samples whose measures are held.
@@ -305,7 +307,16 @@ def viewer_routes(
         address = request.url.path.removesuffix(".json")
         body["copy"] = None
         if viewer.links_for(request).live:
-            body["copy"] = snippets(where, base, sample.viewed.name, sample.number, address)
+            header = sample.viewed.header
+            again = header.sample_kind == "sequence" and header.signal.kind not in _NOT_AUDITED
+            body["copy"] = snippets(
+                where,
+                base,
+                sample.viewed.name,
+                sample.number,
+                address,
+                teacher=_again(header.teacher.name) if again else None,
+            )
         return body
 
     def picture(request: Request) -> Response:
@@ -446,6 +457,11 @@ def _card(viewed: ViewedStore) -> Data:
         "sealed": store.sealed,
         "problem": None,
     }
+
+
+def _again(name: str) -> str:
+    """What would load a teacher of that name; what pushed its logits had a name of its own."""
+    return name if name.startswith(("hf:", "py:")) else "hf:FOLDER_OR_ID"
 
 
 def _status(error: LogitstoreError) -> int:
