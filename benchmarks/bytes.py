@@ -292,8 +292,7 @@ def main() -> None:
             skipped.append(f"{model}: not in .cache/models")
             log(f"skipped {skipped[-1]}")
             continue
-        per_text = 4 if model == "smollm2" else 2
-        real = real_source(model, per_text, 1024, REAL_SIGNALS, DENSE_POSITIONS)
+        real = real_source(model, 4, 1024, REAL_SIGNALS, DENSE_POSITIONS)
         vocab_size = next(iter(real.values()))["zarr"][0].vocab_size
         name = f"{model} V={vocab_size}"
         more, bounds[name] = measure_source(name, real, repeats, log)

@@ -86,11 +86,8 @@ def token_bytes(model: str) -> NDArray[np.int64]:
     return np.array([len(token or b"") for token in table.tokens])
 
 
-def windows(model: str, per_text: int, length: int, *, alternate: bool = False) -> Iterator[Window]:
-    """`per_text` windows of `length` tokens of each text, with the model's logits.
-
-    One text after the other, or `alternate`: the first window of each, then the second.
-    """
+def windows(model: str, per_text: int, length: int) -> Iterator[Window]:
+    """`per_text` windows of `length` tokens of each text, with the model's logits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = model_folder(model)
@@ -103,13 +100,13 @@ def windows(model: str, per_text: int, length: int, *, alternate: bool = False) 
         text: tokenizer(text_of(text)[: 8 * per_text * length], add_special_tokens=False).input_ids
         for text in TEXTS
     }
-    order = [(text, number) for text in TEXTS for number in range(per_text)]
-    for text, number in sorted(order, key=lambda place: place[1]) if alternate else order:
-        tokens = torch.tensor(bos + streams[text][number * fresh : (number + 1) * fresh])
-        with torch.inference_mode():
-            hidden_Wd = network.model(tokens[None]).last_hidden_state[0]
-            logits_WV = network.lm_head(hidden_Wd)[:, : len(tokenizer)]
-        yield Window(text, tokens.numpy(), logits_WV.numpy(), hidden_Wd.numpy())
+    for text, stream in streams.items():
+        for number in range(per_text):
+            tokens = torch.tensor(bos + stream[number * fresh : (number + 1) * fresh])
+            with torch.inference_mode():
+                hidden_Wd = network.model(tokens[None]).last_hidden_state[0]
+                logits_WV = network.lm_head(hidden_Wd)[:, : len(tokenizer)]
+            yield Window(text, tokens.numpy(), logits_WV.numpy(), hidden_Wd.numpy())
 
 
 def cached_rows(model: str, per_text: int, length: int) -> list[Window]:

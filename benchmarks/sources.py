@@ -146,7 +146,7 @@ def _both_containers(signal: str, records: list[Record], vocab_size: int, **opti
 def real_source(
     model: str, per_text: int, length: int, signals: Sequence[str], dense_positions: int
 ) -> Source:
-    """Records of every signal, a chunk for a window of either text; the logits are not kept.
+    """Records of every signal, a chunk for every two windows; the logits are not kept.
 
     Of the first window come also `dense_positions` positions of dense records, and a top-K record
     with every optional field (`EVERYTHING`).
@@ -155,7 +155,7 @@ def real_source(
     extra: Source = {}
     pending: list[Window] = []
     vocab_size = 0
-    for window in windows(model, per_text, length, alternate=True):
+    for window in windows(model, per_text, length):
         vocab_size = window.logits.shape[1]
         if not extra:
             extra = _dense(window.first(dense_positions), vocab_size)
