@@ -26,7 +26,7 @@ from logitstore_cli.output import Output, pass_output
 @click.option(
     "--rank-ids/--no-rank-ids",
     default=None,
-    help="Keep frequency ranks for ids, 2 to 5 % smaller, or the ids; default: as the source.",
+    help="Keep frequency ranks for ids, 2 to 7 % smaller, or the ids; default: as the source.",
 )
 @form.json_option
 @pass_output
