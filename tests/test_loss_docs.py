@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.source_tree import REPOSITORY
 PAGES = REPOSITORY / "docs" / "losses"
 HEADINGS = {"Formula", "What it needs from the store", "Cost", "Example", "Source"}
 # Pages that are no loss's own: the index, the concept, and collections.
-COLLECTIONS = {"disagreements", "index", "missing", "metrics"}
+COLLECTIONS = {"disagreements", "index", "missing", "metrics", "vectors"}
 ALL_PAGES = sorted(PAGES.glob("*.md"))
 
 
@@ -44,6 +45,30 @@ def test_the_matrix_is_what_the_losses_declare():
     assert forward_kl == ["exact", "bounded", "unbiased", "unbiased", "-", "-"]
     assert cells["[`gold`](losses/gold.md)"][1] == "bounded (`byte_end`, `label_logprob`)"
     assert cells["[`gld`](losses/gld.md)"][4] == "exact"
+
+
+def test_the_table_of_vectors_is_what_the_losses_compute():
+    """Every file, within the agreed tolerances; written figures may differ by a few roundings."""
+    generator = runpy.run_path(str(REPOSITORY / "docs" / "list_vectors.py"))
+    index = json.loads((REPOSITORY / "tests" / "vectors" / "INDEX.json").read_text("utf-8"))
+    assert set(generator["METHODS"]) == set(index["files"])
+    written = re.findall(
+        r"^\| \[`(.+)`\]\(\1\.md\) \| `(.+)` \| (.+) \| (.+) \|$",
+        (PAGES / "vectors.md").read_text(encoding="utf-8"),
+        re.M,
+    )
+    measured = list(generator["measured"]())
+    assert [row[:2] for row in written] == [row[:2] for row in measured], (
+        "run: python docs/list_vectors.py"
+    )
+    for (_, file, value, gradient), (_, _, errors) in zip(written, measured, strict=True):
+        assert errors.value <= 1e-10, file
+        assert errors.value <= 100 * max(float(value), 1e-15), file
+        if errors.gradient is None:
+            assert gradient == "no gradient"
+        else:
+            assert errors.gradient <= 1e-9, file
+            assert errors.gradient <= 100 * max(float(gradient), 1e-15), file
 
 
 @pytest.mark.parametrize("name", sorted({*losses.LOSSES, "fused_linear_kd"}))
