@@ -131,6 +131,24 @@ def naive_two_losses(student: Tensor, labels: Tensor, targets: TopKTargets) -> T
     return 0.5 * F.cross_entropy(student.flatten(0, 1), labels.flatten()) + 0.5 * kd
 
 
+def naive_llp_rank(student: Tensor, targets: TopKTargets) -> Tensor:
+    """Pairs of log-probs behind a softmax of its own; ties add nothing."""
+    logprobs = F.log_softmax(student, -1).gather(-1, targets.ids).flatten(0, 1)
+    teacher = targets.logprobs.flatten(0, 1)
+    i, j = torch.triu_indices(targets.k, targets.k, offset=1)
+    gap = teacher[:, i] - teacher[:, j]
+    sign = (gap > 0.1).float() - (gap < -0.1).float()
+    return F.margin_ranking_loss(logprobs[:, i], logprobs[:, j], sign, margin=0.1)
+
+
+def naive_llp_distribution(student: Tensor, targets: TopKTargets) -> Tensor:
+    """KL over the contexts, from log-probs behind a softmax of its own."""
+    logprobs = F.log_softmax(student, -1).gather(-1, targets.ids).flatten(0, 1)
+    log_q = F.log_softmax(logprobs, -1)
+    log_p = F.log_softmax(targets.logprobs.flatten(0, 1), -1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
 def step_variants(inputs: Inputs, topk: TopKTargets) -> dict[str, Loss]:
     """The first table; the first entry is the baseline."""
     labels, k = inputs.labels, topk.k
@@ -196,6 +214,30 @@ def single_variants(inputs: Inputs) -> dict[str, tuple[Loss, Loss]]:
             lambda z: naive_kl(z, inputs.threshold.dense()),
         ),
     }
+    pairs["sparse_kd_with_ce"] = (
+        lambda z: losses.sparse_kd_with_ce(z, topk, labels=labels),
+        lambda z: (
+            0.5 * F.cross_entropy(z.flatten(0, 1), labels.flatten())
+            + 0.5 * naive_kl(z, torch.softmax(dense.logits, -1))
+        ),
+    )
+    pairs["llp_rank"] = (
+        lambda z: losses.llp_rank(z, topk),
+        lambda z: naive_llp_rank(z, topk),
+    )
+    pairs["llp_distribution"] = (
+        lambda z: losses.llp_distribution(z, topk),
+        lambda z: naive_llp_distribution(z, topk),
+    )
+    # Both sides tokenize alike, three bytes a token; every token is a group of its own.
+    byte_end = 3 * torch.arange(1, labels.shape[1] + 1).expand_as(labels)
+    aligned = replace(topk, byte_end=byte_end), replace(dense, byte_end=byte_end)
+    pairs["gold"] = (
+        lambda z: losses.gold(z, aligned[0], labels=labels, byte_end=byte_end),
+        lambda z: losses.gold(
+            z, aligned[1], labels=labels, byte_end=byte_end, target_labels=labels
+        ),
+    )
     for missing in MISSING:
         pairs[f"forward_kl, {missing}"] = (
             lambda z, m=missing: losses.forward_kl(z, topk, missing=m, labels=labels),
