@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,6 +20,7 @@ import logitstore.store
 from logitstore.data import LogitDataset, loader
 from logitstore.spec.errors import IntegrityError, StorageError, UsageError
 from logitstore.store import retry
+from logitstore.store.connect import connect
 from logitstore.store.retry_after import parse_retry_after
 from tests.data_stores import make_store, random_samples
 from tests.remote_host import FaultProxy, StaticHost, digest, digests
@@ -321,6 +324,7 @@ class Echo:
 def test_a_server_cannot_put_the_token_into_an_error_or_pass_it_on(monkeypatch):
     secret = "lgs_" + "s3cret" * 6
     monkeypatch.setenv("LOGITSTORE_TOKEN", secret)
+    monkeypatch.setenv("LOGITSTORE_TOKEN_HOSTS", "127.0.0.1, localhost")
     with Echo() as echo:
         with pytest.raises(StorageError, match="400") as caught:
             logitstore.store.open(f"{echo.url}/st")
@@ -336,6 +340,56 @@ def test_a_server_cannot_put_the_token_into_an_error_or_pass_it_on(monkeypatch):
             assert "authorization" in redirecting.seen[0]
             assert all("authorization" not in headers for headers in echo.seen)
             assert echo.seen
+
+
+def asks_with(echo: Echo) -> str | None:
+    """The Authorization that a server is sent for a store."""
+    echo.seen.clear()
+    with pytest.raises(StorageError, match="400"):
+        logitstore.store.open(f"{echo.url}/st")
+    return echo.seen[0].get("authorization")
+
+
+def test_a_token_goes_to_its_hosts_alone(monkeypatch, tmp_path):
+    secret = "lgs_" + "h0st" * 8
+    port = "{0.server.server_address[1]}"
+    with Echo() as one, Echo() as two:
+        monkeypatch.setenv("LOGITSTORE_TOKEN", secret)
+        # Without hosts: the first, and no other, also in workers that read from the other alone.
+        sent = f"Bearer {secret}"
+        assert [asks_with(echo) for echo in (one, two, one)] == [sent, None, sent]
+        backend = connect(f"{two.url}/st")
+        code = "import pickle, sys; b = pickle.loads(sys.stdin.buffer.read())\n"
+        code += "try: b.get('store.json', limit_bytes=9)\nexcept Exception as e: print(e)"
+        two.seen.clear()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=pickle.dumps(backend),
+            capture_output=True,
+            check=True,
+        )
+        assert b"400" in done.stdout
+        assert two.seen
+        assert "authorization" not in two.seen[0]
+        monkeypatch.setenv("LOGITSTORE_TOKEN_HOSTS", f"127.0.0.1:{port.format(two)},other.example")
+        assert [asks_with(echo) for echo in (one, two)] == [None, f"Bearer {secret}"]
+        monkeypatch.delenv("LOGITSTORE_TOKEN")
+        monkeypatch.delenv("LOGITSTORE_TOKEN_HOSTS")
+        file = tmp_path / "tokens"
+        file.write_text(
+            f"# ours\n127.0.0.1:{port.format(one)} t1\n127.0.0.1:{port.format(two)} t2\n"
+        )
+        monkeypatch.setenv("LOGITSTORE_TOKEN_FILE", str(file))
+        assert [asks_with(echo) for echo in (one, two)] == ["Bearer t1", "Bearer t2"]
+
+
+@pytest.mark.parametrize("text", [f"{'x' * 30}! host", "a b c", "a\nb", "http://host token1"])
+def test_a_file_that_is_none_of_tokens_is_refused_unshown(monkeypatch, tmp_path, text):
+    (tmp_path / "tokens").write_text(text)
+    monkeypatch.setenv("LOGITSTORE_TOKEN_FILE", str(tmp_path / "tokens"))
+    with pytest.raises(UsageError) as caught:
+        logitstore.store.open("http://127.0.0.1:9/st")
+    assert not any(word in str(caught.value) for word in ("xxxx", "token1"))
 
 
 # other storages

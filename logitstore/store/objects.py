@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from logitstore.spec.errors import FormatError, IntegrityError, LogitstoreError, StorageError
 from logitstore.spec.paths import check_key
 from logitstore.store.backend import Entry
-from logitstore.store.credentials import TOKEN, TOKEN_FILE, bearer_token, without_token
+from logitstore.store.credentials import (
+    TOKEN,
+    TOKEN_FILE,
+    TOKEN_HOSTS,
+    bearer_token,
+    bound_host,
+    without_token,
+)
 from logitstore.store.local import storage_error
 from logitstore.store.location import Location
 from logitstore.store.retry import retrying
@@ -64,6 +71,7 @@ class ObjectBackend:
     def __init__(self, location: Location) -> None:
         self.location = location
         self._single_writer = False
+        self._token_host: str | None = None  # in a worker: what the parent's token is for
         self._reset()
 
     def _reset(self) -> None:
@@ -71,7 +79,11 @@ class ObjectBackend:
         self._client: ObjectStore | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"location": self.location, "_single_writer": self._single_writer}
+        return {
+            "location": self.location,
+            "_single_writer": self._single_writer,
+            "_token_host": bound_host(),
+        }
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -227,7 +239,7 @@ class ObjectBackend:
         _check_process(self.location)
         with self._lock:
             if self._client is None:
-                self._client = _connect(self.location)
+                self._client = _connect(self.location, self._token_host)
             return self._client
 
     def _where(self, key: str) -> str:
@@ -258,6 +270,7 @@ class ObjectBackend:
                 where=self._where(key),
                 got=_first_lines(error),
                 hint=f"the bearer token is taken from {TOKEN}, or from the file {TOKEN_FILE} names"
+                f"; without {TOKEN_HOSTS} it goes to the first host alone"
                 if http
                 else "credentials are taken from the environment (AWS_*, GOOGLE_*, AZURE_*)",
             ) from None
@@ -321,7 +334,7 @@ class RemoteObjectWriter:
             self.file.close()
 
 
-def _connect(location: Location) -> ObjectStore:
+def _connect(location: Location, token_host: str | None) -> ObjectStore:
     from obstore.store import from_url
 
     url = str(location)
@@ -329,7 +342,7 @@ def _connect(location: Location) -> ObjectStore:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     if url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://")):
         options["allow_http"] = True
-    token = bearer_token() if location.kind == "http" else None
+    token = bearer_token(url, first_host=token_host) if location.kind == "http" else None
     if token:
         options["default_headers"] = {"authorization": f"Bearer {token}"}
     retries = _RETRIES if location.kind == "object" else 0

@@ -27,7 +27,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def retry_after_s(url: str) -> float | None:
     """Seconds to wait before the next request, None when the server does not say."""
-    token = bearer_token()
+    token = bearer_token(url)
     request = urllib.request.Request(url, method="HEAD")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
