@@ -1,27 +1,30 @@
 """Audit: run the teacher again on a random slice of a store and compare.
 
 Stored log-probs are compared with fresh ones, id by id. Sampled parts cannot be compared id by id,
-so
-their hit rates are: an id of probability p must be among N draws with probability 1 - (1 - p)^N,
-    the
-most probable tail id of a threshold record with probability p / tau. The z-scores of those counts
-are standard normal for an honest store.
+so their hit rates are: an id of probability p must be among N draws with probability 1 - (1 - p)^N,
+the most probable tail id of a threshold record with probability p / tau. The z-scores of those
+counts are standard normal for an honest store.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from logitstore.analysis.inputs import examples_of
 from logitstore.corpora import Sample
+from logitstore.record import Record
 from logitstore.record.random import uniform
 from logitstore.spec.errors import AlignmentError, UsageError
+from logitstore.spec.header import Header
 from logitstore.store import Store
 from logitstore.store import open as open_store
 from logitstore.targets import (
@@ -32,9 +35,18 @@ from logitstore.targets import (
     TopKTargets,
     from_records,
 )
-from logitstore.teachers import Teacher, TeacherOptions, load_teacher
+from logitstore.teachers import (
+    Classifier,
+    Teacher,
+    TeacherOptions,
+    load_classifier,
+    load_teacher,
+)
 
 __all__ = ["Audit", "Difference", "HitRate", "audit"]
+
+# Samples compared unless told otherwise; examples of one forward pass.
+_SEQUENCES, _EXAMPLES = 8, 256
 
 
 @dataclass
@@ -125,48 +137,83 @@ class Audit:
 
 def audit(
     store: str | os.PathLike[str] | Store,
-    teacher: str | Teacher,
+    teacher: str | Teacher | Classifier,
     *,
-    samples: int = 8,
+    samples: int | None = None,
     seed: int = 0,
+    chosen: Sequence[int] = (),
+    corpus: Sequence[str] = (),
     options: TeacherOptions | None = None,
 ) -> Audit:
     """Run `teacher` over `samples` samples of a store, drawn by `seed`, and compare.
 
     Args:
         teacher: a loaded one, or `hf:PATH_OR_ID` or `py:module:function`.
+        samples: None: 8 sequences, or 256 samples of a classifier.
+        chosen: numbers of the samples that are meant, in place of random ones.
+        corpus: files or patterns that a classification store was captured from: it keeps no inputs.
         options: how to run a teacher given by name.
 
-    Raises: UsageError bad-argument for stores without tokens; AlignmentError tokenizer-mismatch;
-    TeacherError teacher-load; whatever reading the store raises.
+    Raises: UsageError bad-argument for a signal that is no distribution over the vocabulary, and
+    for a classification store without its corpus; AlignmentError tokenizer-mismatch; CorpusError
+    corpus-changed; TeacherError teacher-load; whatever reading the store raises.
     """
     opened = store if isinstance(store, Store) else open_store(store)
     try:
         header = opened.header
-        if header.sample_kind != "sequence" or header.signal.kind in ("graph", "scores"):
+        if header.signal.kind in ("graph", "scores"):
             raise UsageError(
                 "bad-argument",
-                "this store does not hold what a teacher could be run on again",
+                "its records are no distributions that fresh ones could be compared with",
                 where=opened.location,
-                got=f"{header.sample_kind} store of {header.signal}",
-                expected="a sequence store of dense, topk, sampled or threshold records",
+                got=f"a store of {header.signal}",
+                expected="dense, topk, sampled or threshold records",
             )
+        sequences = header.sample_kind == "sequence"
         if isinstance(teacher, str):
+            load = load_teacher if sequences else load_classifier
             threads = header.teacher.threads_per_worker or 1
-            teacher = load_teacher(teacher, options or TeacherOptions(threads=threads))
-        _check_teacher(opened, teacher)
-        count = min(samples, len(opened))
+            teacher = load(teacher, options or TeacherOptions(threads=threads))
+        count = len(set(chosen)) or min(
+            samples or (_SEQUENCES if sequences else _EXAMPLES), len(opened)
+        )
         order = np.argsort(uniform(seed, 0, np.arange(len(opened)), 0), kind="stable")
+        numbers = sorted(set(chosen) or order[:count].tolist())
+        records = [opened.sample(number) for number in numbers]
+        _check_vocabulary(opened, teacher.vocab_size)
         found = Audit()
-        for index in sorted(order[:count].tolist()):
-            _compare_sample(opened, index, teacher, found)
+        if sequences:
+            model = cast(Teacher, teacher)
+            _check_tokenizer(opened, model)
+            for record in records:
+                sample = _window(record)
+                _compare([record], header, sample.labels, model.blocks([sample]), found)
+        else:
+            classifier = cast(Classifier, teacher)
+            examples = examples_of(opened, records, corpus)
+            for start in range(0, count, _EXAMPLES):
+                part = examples[start : start + _EXAMPLES]
+                labels_P = np.concatenate([example.labels for example in part])
+                blocks = classifier.blocks(part)
+                _compare(records[start : start + len(part)], header, labels_P, blocks, found)
         return found
     finally:
         if opened is not store:
             opened.close()
 
 
-def _check_teacher(store: Store, teacher: Teacher) -> None:
+def _check_vocabulary(store: Store, vocab_size: int) -> None:
+    if vocab_size != store.header.vocab_size:
+        raise AlignmentError(
+            "tokenizer-mismatch",
+            "this teacher has another vocabulary than the store",
+            where=store.location,
+            got=vocab_size,
+            expected=store.header.vocab_size,
+        )
+
+
+def _check_tokenizer(store: Store, teacher: Teacher) -> None:
     held = store.header.tokenizer
     fingerprint = teacher.tokenizer.table.fingerprint
     if held is not None and held.fingerprint != fingerprint:
@@ -177,31 +224,33 @@ def _check_teacher(store: Store, teacher: Teacher) -> None:
             got=f"tokenizer {fingerprint}",
             expected=held.fingerprint,
         )
-    if teacher.vocab_size != store.header.vocab_size:
-        raise AlignmentError(
-            "tokenizer-mismatch",
-            "this teacher has another vocabulary than the store",
-            where=store.location,
-            got=teacher.vocab_size,
-            expected=store.header.vocab_size,
-        )
 
 
-def _compare_sample(store: Store, index: int, teacher: Teacher, found: Audit) -> None:
-    record = store.sample(index)
+def _window(record: Record) -> Sample:
+    """The sequence that a record is of."""
     tokens = record["tokens"].astype(np.int64)
-    sample = Sample(
+    return Sample(
         key=record.sample_keys()[0],
         tokens=tokens,
         segment_ids=record["segment_ids"].astype(np.int64),
         byte_end=np.zeros_like(tokens),
     )
-    targets = from_records([record], store.header)
-    labels = torch.from_numpy(sample.labels)
-    found.samples += 1
-    found.positions += len(tokens)
+
+
+def _compare(
+    records: Sequence[Record],
+    header: Header,
+    labels_P: NDArray[np.int64],
+    blocks: Iterable[Tensor],
+    found: Audit,
+) -> None:
+    """Compare samples with the teacher's fresh rows, which follow their positions."""
+    targets = from_records(list(records), header)
+    labels = torch.from_numpy(labels_P)
+    found.samples += len(records)
+    found.positions += len(labels)
     start = 0
-    for block_RV in teacher.blocks([sample]):
+    for block_RV in blocks:
         logits_RV = block_RV.float().cpu()
         rows = slice(start, start + len(logits_RV))
         start = rows.stop

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitstore.capture import CaptureSettings, Slice, header_for, slice_of
+from logitstore.capture import CaptureSettings, Slice, slice_of
 from logitstore.capture.chunks import Chunker, sample_encoder
 from logitstore.capture.worker import micro_batches
 from logitstore.containers import container
@@ -40,9 +40,14 @@ DEFAULT_SIGNALS = (
     "threshold:tau=1/60",
 )
 
+# Of a classifier: few classes, and students that soften.
+CLASSIFIER_SIGNALS = ("dense", "topk:5", "sampled:50", "threshold:tau=1/20", "threshold:tau=1/40")
+# Up to so many classes a row of float16 logits is no matter of bytes.
+_DENSE_CLASSES = 4096
+
 # The published record: others are measured against it.
 _REFERENCE = "sampled:50"
-# Errors are measured at every so many positions: a dense row is V floats.
+# Errors of a language model are measured at every so many positions: a dense row is V floats.
 _STRIDE = 16
 
 
@@ -124,7 +129,7 @@ class _Candidate:
 
 def advise(
     settings: CaptureSettings,
-    signals: Sequence[str] = DEFAULT_SIGNALS,
+    signals: Sequence[str] = (),
     *,
     pilot_tokens: int = 4096,
     on_note: Callable[[str], None] = lambda text: None,
@@ -133,26 +138,33 @@ def advise(
 
     Args:
         settings: of the capture; its `signal` is not used.
-        signals: candidates.
-        pilot_tokens: tokens to run the teacher over.
+        signals: candidates; none: `DEFAULT_SIGNALS`, or `CLASSIFIER_SIGNALS` as far as the teacher
+            has so many classes.
+        pilot_tokens: tokens, or samples of a classifier, to run the teacher over.
         on_note: told in words what happens.
 
     Raises: as `precompute` before anything is captured.
     """
-    settings = replace(settings, signal=signals[0])
+    classifies = settings.task == "classification"
+    usual = CLASSIFIER_SIGNALS if classifies else DEFAULT_SIGNALS
+    settings = replace(settings, signal=(signals or usual)[0])
     work = slice_of(settings, pilot_tokens, on_note=on_note)
-    candidates = {
-        signal: _Candidate(
-            header_for(replace(settings, signal=signal), parse_signal(signal), work.teacher)[0]
-        )
-        for signal in signals
-    }
-    on_note(f"running the teacher over {sum(len(s) for s in work.samples)} tokens")
-    teacher_s, tokens, measured = _run(work, candidates, settings.micro_batch)
+    if not signals:
+        signals = [
+            s for s in usual if (getattr(parse_signal(s), "k", None) or 0) < work.teacher.vocab_size
+        ]
+    candidates = {signal: _Candidate(work.header_of(signal)) for signal in signals}
+    noun = "samples" if classifies else "tokens"
+    on_note(f"running the teacher over {sum(len(s) for s in work.samples)} {noun}")
+    stride = 1 if classifies else _STRIDE
+    teacher_s, tokens, measured = _run(work, candidates, settings.micro_batch, stride)
     options = tuple(
         _option(signal, c, work, teacher_s, tokens, measured) for signal, c in candidates.items()
     )
     best, reason = _recommend(options)
+    if classifies and "dense" in candidates and work.teacher.vocab_size <= _DENSE_CLASSES:
+        best = "dense"
+        reason = "exact for every loss at any temperature, and classes are few"
     return Advice(
         options=options,
         recommended=best,
@@ -166,12 +178,13 @@ def advise(
 
 
 def _run(
-    work: Slice, candidates: dict[str, _Candidate], micro_batch: int
+    work: Slice, candidates: dict[str, _Candidate], micro_batch: int, stride: int
 ) -> tuple[float, int, int]:
     """Teacher once, every candidate on the same blocks: (teacher seconds, tokens, rows
     measured)."""
+    teacher: Any = work.teacher
     batches = list(micro_batches(work.samples, micro_batch))
-    for _ in work.teacher.blocks(batches[0][:1]):
+    for _ in teacher.blocks(batches[0][:1]):
         pass  # the first pass through a model is slow for reasons that do not come back
     teacher_s, tokens, measured = 0.0, 0, 0
     for batch in batches:
@@ -181,7 +194,7 @@ def _run(
         kept_rows: list[Tensor] = []
         kept_at: list[int] = []
         start = 0
-        blocks = iter(work.teacher.blocks(batch))
+        blocks = iter(teacher.blocks(batch))
         while True:
             clock = time.perf_counter()
             block_RV = next(blocks, None)
@@ -192,7 +205,7 @@ def _run(
                 clock = time.perf_counter()
                 part.add(block_RV)
                 candidates[signal].seconds += time.perf_counter() - clock
-            at = range(-start % _STRIDE, len(block_RV), _STRIDE)
+            at = range(-start % stride, len(block_RV), stride)
             kept_rows.append(block_RV[list(at)].float().cpu())
             kept_at += [start + i for i in at]
             start += len(block_RV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from logitstore.capture.pilot import run_pilot
 from logitstore.capture.planning import scan_corpus, shard_tokens_for
 from logitstore.capture.settings import CaptureSettings
-from logitstore.capture.setup import Look, Note, Setup
+from logitstore.capture.setup import Look, Note, Setup, Slice
 from logitstore.corpora import (
     ArrayExamples,
     ArrayFiles,
@@ -95,6 +96,29 @@ class ClassificationSetup(Setup):
             total, pilot.seconds_per_token, settings.workers
         )
         return Look(info, total, True, pilot, self._units(wanted))
+
+    def slice(self, samples: int) -> Slice:
+        """About `samples` of them, for measurements; the teacher does not run."""
+        self._note(f"reading {len(self.corpus.files)} corpus files")
+        info, total, chosen = self._read(samples)
+
+        def header_of(signal: str) -> Header:
+            return classification_header(
+                replace(self._settings, signal=signal),
+                parse_signal(signal),
+                self.teacher,
+                labelled=self.corpus.labelled,
+                images=self.header.images,
+            )
+
+        return Slice(
+            teacher=self.teacher,
+            samples=chosen,
+            documents=info.documents,
+            tokens=total,
+            exact_tokens=True,
+            header_of=header_of,
+        )
 
     def _read(self, pilot_samples: int) -> tuple[CorpusInfo, int, list[Example]]:
         """Check every row; the corpus, how many samples will be captured, and some of them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from logitstore.capture.classification import ClassificationSetup
@@ -18,8 +18,8 @@ from logitstore.capture.pilot import check_bos, run_pilot, spread
 from logitstore.capture.planning import Scan, Sizing, scan_corpus, shard_tokens_for
 from logitstore.capture.progress import Progress, ProgressMeter
 from logitstore.capture.settings import CaptureSettings
-from logitstore.capture.setup import Look, Note, Setup
-from logitstore.corpora import Corpus, Document, Sample, find_files, pack
+from logitstore.capture.setup import Look, Note, Setup, Slice
+from logitstore.corpora import Corpus, Document, find_files, pack
 from logitstore.record import aux_fields
 from logitstore.record.new_header import new_header
 from logitstore.spec.commit import Quarantined
@@ -81,24 +81,6 @@ class Estimate:
     hours: float
     nll: float | None
     pilot_tokens: int
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A sample of a capture's work, for measurements that write nothing.
-
-    Attributes:
-        teacher: loaded.
-        samples: evenly spaced windows.
-        documents, tokens: of the whole corpus (or of its first `max_tokens`).
-        exact_tokens: whether the tokens were counted, not estimated.
-    """
-
-    teacher: Teacher
-    samples: list[Sample]
-    documents: int
-    tokens: int
-    exact_tokens: bool
 
 
 def precompute(
@@ -189,24 +171,23 @@ def slice_of(settings: CaptureSettings, tokens: int, *, on_note: Note = lambda t
 
     Raises: as `precompute` before anything is captured.
     """
-    if settings.task != "language-model":
-        raise UsageError(
-            "bad-argument",
-            "only language models are measured on a slice",
-            where="--task",
-            got=settings.task,
-            expected="language-model",
-            hint="logitstore precompute --dry-run tells bytes and hours of a classifier",
-        )
+    if settings.task == "classification":
+        return ClassificationSetup(settings, on_note).slice(tokens)
     setup = _TextSetup(settings, on_note)
+    teacher = setup.teacher
     scan, sizing, documents, bos = setup.read_corpus()
-    samples = list(pack(documents, setup.teacher.tokenizer, seq_len=settings.seq_len, bos=bos))
+    samples = list(pack(documents, teacher.tokenizer, seq_len=settings.seq_len, bos=bos))
+
+    def header_of(signal: str) -> Header:
+        return header_for(replace(settings, signal=signal), parse_signal(signal), teacher)[0]
+
     return Slice(
-        teacher=setup.teacher,
+        teacher=teacher,
         samples=spread(samples, tokens),
         documents=scan.info.documents,
         tokens=sizing.tokens_total,
         exact_tokens=sizing.exact,
+        header_of=header_of,
     )
 
 

@@ -20,16 +20,16 @@ from logitstore.capture.progress import ProgressMeter
 from logitstore.capture.settings import CaptureSettings
 from logitstore.capture.worker import Source, Work, capture_shards
 from logitstore.containers.ranked import IdRanks, uses_ranks
-from logitstore.corpora import Unit
+from logitstore.corpora import Example, Sample, Unit
 from logitstore.spec.errors import CommitError, NotFoundError, StorageError
 from logitstore.spec.header import Header
 from logitstore.spec.id_ranks import RANKS_TABLE
 from logitstore.spec.plan import CorpusInfo, Plan, ShardPlan
 from logitstore.store import Store, StoreWriter, append, create, parse_location
 from logitstore.store import open as open_store
-from logitstore.teachers import TeacherOptions
+from logitstore.teachers import Classifier, Teacher, TeacherOptions
 
-__all__ = ["Look", "Note", "Setup"]
+__all__ = ["Look", "Note", "Setup", "Slice"]
 
 Note = Callable[[str], None]
 
@@ -51,6 +51,26 @@ class Look:
     exact: bool
     pilot: Pilot
     units: Sequence[Unit]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A sample of a capture's work, for measurements that write nothing.
+
+    Attributes:
+        teacher: loaded.
+        samples: evenly spaced windows, or examples.
+        documents, tokens: of the whole capture; tokens are samples, for classification.
+        exact_tokens: whether the tokens were counted, not estimated.
+        header_of: the header that a capture with another signal would have.
+    """
+
+    teacher: Teacher | Classifier
+    samples: Sequence[Sample | Example]
+    documents: int
+    tokens: int
+    exact_tokens: bool
+    header_of: Callable[[str], Header]
 
 
 class Setup(ABC):

@@ -85,6 +85,10 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     assert table.exit_code == 0, table.output
     assert "log-probs" in table.stdout
     assert "largest of the tail" in table.stdout
+    for_one = ["audit", store, "--teacher", TEACHER, "--sample", "1", "--sample", "1", "--json"]
+    assert json.loads(CliRunner().invoke(cli, for_one).stdout)["samples"] == 1
+    missing = CliRunner().invoke(cli, ["audit", store, "--teacher", TEACHER, "--sample", "99999"])
+    assert missing.exit_code != 0
     answer = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)
     assert answer["schema"] == "logitstore.audit/1"
     assert answer["samples"] == 3

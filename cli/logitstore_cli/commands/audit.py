@@ -11,10 +11,30 @@ from logitstore_cli.output import Output, pass_output
 _SUSPICIOUS_Z = 4.0
 
 
-@form.command("audit", example="logitstore audit STORE --teacher hf:FOLDER --samples 16")
+@form.command(
+    "audit",
+    example="logitstore audit STORE --teacher hf:FOLDER --samples 16\n"
+    "logitstore audit STORE --teacher py:MODULE:FUNCTION --corpus images.npy",
+)
 @click.argument("store")
 @click.option("--teacher", required=True, help="hf:FOLDER_OR_ID or py:module:function.")
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--corpus",
+    multiple=True,
+    metavar="FILE",
+    help="Classification: what the store was captured from; it keeps no inputs.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), help="Default: 8 sequences, or 256 of a classifier."
+)
+@click.option(
+    "--sample",
+    "chosen",
+    type=click.IntRange(0),
+    multiple=True,
+    metavar="NUMBER",
+    help="This one, as the viewer counts, in place of random ones; can be repeated.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which samples.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
@@ -24,7 +44,9 @@ def command(
     out: Output,
     store: str,
     teacher: str,
-    samples: int,
+    corpus: tuple[str, ...],
+    samples: int | None,
+    chosen: tuple[int, ...],
     seed: int,
     device: str,
     dtype: str,
@@ -42,6 +64,8 @@ def command(
         store,
         teacher,
         samples=samples,
+        chosen=chosen,
+        corpus=corpus,
         seed=seed,
         options=TeacherOptions(dtype=dtype, device=device),
     )

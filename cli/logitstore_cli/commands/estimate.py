@@ -14,10 +14,23 @@ from logitstore_cli.output import Output, pass_output
 @form.command(
     "estimate",
     example="logitstore estimate --teacher hf:FOLDER --corpus 'texts/*.txt'\n"
-    "logitstore estimate --teacher hf:FOLDER --corpus A.jsonl --signal topk:32 --signal topk:8",
+    "logitstore estimate --teacher hf:FOLDER --corpus A.jsonl --signal topk:32 --signal topk:8\n"
+    "logitstore estimate --task classification --teacher py:MODULE:FUNCTION --corpus images.npy",
 )
 @click.option("--teacher", required=True, help="hf:FOLDER_OR_ID or py:module:function.")
 @click.option("--corpus", required=True, multiple=True, metavar="FILE", help="File or pattern.")
+@click.option(
+    "--task",
+    type=click.Choice(["language-model", "classification"]),
+    default="language-model",
+    show_default=True,
+    help="What the teacher is.",
+)
+@click.option("--labels", multiple=True, metavar="FILE", help="Classification: files of labels.")
+@click.option("--label-key", help="Classification: field of a row, or array of an .npz, of labels.")
+@click.option("--input-key", help="Classification: array of an .npz of the inputs.")
+@click.option("--views", type=int, help="Classification of images: views of each.")
+@click.option("--max-samples", type=int, help="Classification: of the capture that is planned.")
 @click.option("--signal", "signals", multiple=True, help="Candidates; default: a usual choice.")
 @click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens of a window.")
 @click.option("--text-key", help="Field of a row that holds the text; default: text.")
@@ -38,23 +51,23 @@ def command(
     Error is the mean squared distance of a position's stored weights from the full distribution;
     bias is what of it no number of samples would average out.
     """
-    from logitstore.analysis.estimate import DEFAULT_SIGNALS, advise
+    from logitstore.analysis.estimate import advise
     from logitstore.capture import CaptureSettings
 
-    candidates = signals or DEFAULT_SIGNALS
-    settings = CaptureSettings(signal=candidates[0], out="", **chosen)
-    advice = advise(settings, candidates, pilot_tokens=pilot_tokens, on_note=out.note)
+    settings = CaptureSettings(signal=signals[0] if signals else "dense", out="", **chosen)
+    advice = advise(settings, signals, pilot_tokens=pilot_tokens, on_note=out.note)
+    noun = "sample" if settings.task == "classification" else "token"
     if as_json:
         out.json("estimate", advice.as_dict())
         return
     about = "" if advice.exact_tokens else "about "
     out.data(
-        f"{advice.documents:,} documents, {about}{advice.tokens:,} tokens; "
-        f"teacher {advice.teacher_tokens_per_s:,.0f} tokens/s; "
-        f"measured on {advice.pilot_tokens:,} tokens"
+        f"{advice.documents:,} documents, {about}{advice.tokens:,} {noun}s; "
+        f"teacher {advice.teacher_tokens_per_s:,.0f} {noun}s/s; "
+        f"measured on {advice.pilot_tokens:,} {noun}s"
     )
     out.table(
-        ["signal", "bytes/token", "total", "hours", "kept mass", "error", "bias"],
+        ["signal", f"bytes/{noun}", "total", "hours", "kept mass", "error", "bias"],
         [
             [
                 o.signal + (" *" if o.signal == advice.recommended else ""),
