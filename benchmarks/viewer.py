@@ -273,8 +273,8 @@ def page_of(result: dict[str, Any]) -> str:
             "",
             f"A sealed store of {result['positions']:,} positions in {result['shards']} shards, "
             f"top-16; seconds in Chromium, warm ones the median of {result['repeats']}. "
-            "*Response*: the server began to answer; *useful*: charts drawn, or text coloured and the panel "
-            "filled.",
+            "*Response*: the server began to answer; *useful*: charts drawn, or text coloured and "
+            "the panel filled.",
             "",
             *table(["target", "measured", "required"], targets),
             "",

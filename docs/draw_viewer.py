@@ -21,6 +21,7 @@ from playwright.sync_api import sync_playwright
 FIGURES = Path(__file__).resolve().parent / "figures"
 NAME, NARROW = "python-docs", "python-docs-k16"
 SAMPLE = f"stores/{NAME}/samples/3?measure=entropy&position=40"
+COMPARE = f"compare/samples/2?a={NAME}&b={NARROW}&order=missed&measure=missed&position=60"
 WIDE, PHONE = (1280, 860), (360, 780)
 # figure -> address, size, colours
 SHOTS: dict[str, tuple[str, tuple[int, int], str]] = {
@@ -28,9 +29,14 @@ SHOTS: dict[str, tuple[str, tuple[int, int], str]] = {
     "viewer-sample": (SAMPLE, WIDE, "light"),
     "viewer-sample-dark": (SAMPLE, WIDE, "dark"),
     "viewer-sample-phone": (SAMPLE, PHONE, "light"),
+    "viewer-store-dark": (f"stores/{NAME}/overview", WIDE, "dark"),
+    "viewer-shard": (f"stores/{NAME}/shards/0001-000000?check=1", WIDE, "light"),
     "viewer-find": (f"stores/{NAME}/find?text=Python&measure=label_logprob", WIDE, "light"),
-    "viewer-compare": (f"compare/samples/2?a={NAME}&b={NARROW}&order=missed", WIDE, "light"),
+    "viewer-compare": (COMPARE, WIDE, "light"),
+    "viewer-compare-phone": (COMPARE, PHONE, "light"),
 }
+# Figures that are a part of such a page.
+PARTS = {"viewer-store": ("viewer-mass", ".chart:has([data-chart=mass])")}
 
 
 def main(store: str) -> None:
@@ -65,6 +71,9 @@ def _shoot(address: str) -> None:
             # The folder of a moment ago means nothing to a reader.
             page.locator(".sub .small").evaluate_all("all => all.forEach((one) => one.remove())")
             page.screenshot(path=FIGURES / f"{name}.png")
+            if name in PARTS:
+                part, selector = PARTS[name]
+                page.locator(selector).screenshot(path=FIGURES / f"{part}.png")
             page.close()
         browser.close()
 

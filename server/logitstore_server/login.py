@@ -24,6 +24,7 @@ from logitstore.spec.errors import KINDS, LogitstoreError
 from logitstore_server.problems import problem, status_of
 from logitstore_server.settings import ServerSettings
 from logitstore_server.viewer import SECURITY_HEADERS, Links
+from logitstore_server.viewer.formats import FILTERS
 
 __all__ = [
     "LOGIN_PATH",
@@ -49,6 +50,7 @@ _HEADERS = {**SECURITY_HEADERS, "Referrer-Policy": "same-origin", "Cache-Control
 _pages = Environment(
     loader=PackageLoader("logitstore_server.viewer"), autoescape=True, undefined=StrictUndefined
 )
+_pages.filters.update(FILTERS)  # the layout that it shares with the viewer uses them
 
 
 class Sessions:

@@ -205,7 +205,7 @@ class Sample {
       return make("span", { className: `l${i}`, textContent: text });
     }).filter(Boolean);
     parts.push(make("span", { className: `l${edges.length}`, textContent: `${scale.rising ? "≥" : "≤"} ${edges.at(-1)}` }));
-    $("#legend").replaceChildren(make("em", { textContent: "sure" }), ...parts, make("em", { textContent: `unsure${scale.unit ? ` · ${scale.unit}` : ""}` }));
+    $("#legend").replaceChildren(make("em", { textContent: this.sides.length > 1 ? "agree" : "sure" }), ...parts, make("em", { textContent: `${this.sides.length > 1 ? "disagree" : "unsure"}${scale.unit ? ` · ${scale.unit}` : ""}` }));
   }
 
   choose(name) {
