@@ -104,7 +104,7 @@ class Look:
         self.context.route("**/*", self._only_loopback)
         self.page = self.context.new_page()
         self.page.on("console", self._console)
-        self.page.on("requestfailed", lambda request: self.failed.append(request.url))
+        self.page.on("requestfailed", self._request_failed)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(dialog.message))
 
@@ -115,6 +115,11 @@ class Look:
         if self.scripts:
             until(self.page, SETTLED)
         return self.page
+
+    def _request_failed(self, request: Any) -> None:
+        # A page that is left gives up what it was still asking for, such as its icon.
+        if request.failure != "net::ERR_ABORTED":
+            self.failed.append(f"{request.url}: {request.failure}")
 
     def _console(self, message: Any) -> None:
         if message.type == "error":

@@ -14,6 +14,7 @@ import numpy as np
 from logitstore.record import Record
 from logitstore.record.views import Views, apply_view, image_key, views_of
 from logitstore.spec.errors import NotFoundError
+from logitstore.spec.plan import CorpusInfo
 from logitstore_server.viewer.viewed_store import ViewedStore
 
 __all__ = ["picture_data", "png"]
@@ -129,6 +130,5 @@ def _beside(sample: Sample, view: Views | None) -> list[dict[str, Any]]:
 
 def _arrays(sample: Sample) -> bool:
     """Whether samples are rows of arrays, which may be images."""
-    plans = sample.viewed.store.plans()
-    corpus = plans[0].corpus if plans else None
-    return corpus is not None and corpus.format in _ARRAYS
+    corpus = sample.viewed.corpus
+    return isinstance(corpus, CorpusInfo) and corpus.format in _ARRAYS
