@@ -122,7 +122,9 @@ def test_workers_survive_it_too_and_resume_is_exact(host, expected):
     def rule(method, path, headers) -> str | int | float:
         asked = path + headers.get("range", "")
         numbers[asked] += 1
-        return {1: 503, 2: 0.5, 3: "flip"}.get((numbers[asked] + len(asked)) % 6, "pass")
+        # Two workers ask at once: documents are not damaged, or one could meet it twice in a row.
+        third = "pass" if path.endswith(".json") else "flip"
+        return {1: 503, 2: 0.5, 3: third}.get((numbers[asked] + len(asked)) % 6, "pass")
 
     with FaultProxy(host.url, rule) as proxy:
         dataset = LogitDataset(f"{proxy.url}/st", shuffle=True)

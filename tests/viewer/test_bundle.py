@@ -73,7 +73,8 @@ def test_every_page_works_from_a_file_server(browser, served, bundle):
     assert page.locator("#panel .two section").count() == 2
     assert "static sample: at most 2 samples" in page.inner_text("main")
     assert [one for one in asked if one[0] >= 400] == []
-    assert seen.failed == []
+    # A browser gives up loading the icon of a page that is left.
+    assert [one for one in seen.failed if not one.endswith("icon.svg")] == []
     assert seen.complaints == []
     seen.context.close()
 
