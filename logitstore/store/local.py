@@ -25,7 +25,7 @@ from logitstore.store.location import Location
 from logitstore.store.lru import ProcessLRU
 from logitstore.store.steps import step
 
-__all__ = ["LocalBackend", "is_temporary", "storage_error"]
+__all__ = ["LocalBackend", "OpenFile", "is_temporary", "storage_error"]
 
 # Open mappings per process; each holds a file descriptor, of which a process has often only 1,024.
 MAX_MAPPINGS = 256
@@ -62,6 +62,18 @@ def storage_error(error: OSError, where: object) -> StorageError:
     return StorageError("storage-failed", "storage operation failed", where=where, got=str(error))
 
 
+class OpenFile:
+    """A file's descriptor, closed when nobody holds this object any more."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 class LocalBackend:
     """A folder as storage. Safe to use from several threads, and in forked children."""
 
@@ -70,11 +82,12 @@ class LocalBackend:
         self._root = location.path
         self._durable_folders: set[Path] = set()
         self._mappings: ProcessLRU[str, mmap.mmap] = ProcessLRU(MAX_MAPPINGS, _one)
+        self._files: ProcessLRU[str, OpenFile] = ProcessLRU(MAX_MAPPINGS, _one)
 
     @property
     def open_objects(self) -> int:
         """Files of objects that are held open."""
-        return len(self._mappings)
+        return len(self._mappings) + len(self._files)
 
     # reading
 
@@ -111,6 +124,19 @@ class LocalBackend:
             raise _size_mismatch(self._path(key), actual, size_bytes)
         return memoryview(mapping)[offset : offset + length]
 
+    def open_object(self, key: str, *, size_bytes: int) -> OpenFile:
+        """A committed object's file, for who sends it on without looking at it.
+
+        Raises: IntegrityError object-missing, object-size-mismatch; StorageError.
+        """
+        file = self._files.get(key)
+        if file is None:
+            file = self._files.put(key, OpenFile(self._open_committed(key, size_bytes)))
+        actual = os.fstat(file.descriptor).st_size
+        if actual != size_bytes:
+            raise _size_mismatch(self._path(key), actual, size_bytes)
+        return file
+
     def size(self, key: str) -> int | None:
         path = self._path(key)
         try:
@@ -145,8 +171,19 @@ class LocalBackend:
         mapping = self._mappings.get(key)
         if mapping is not None:
             return mapping
+        descriptor = self._open_committed(key, size_bytes)
+        try:
+            mapping = mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        return self._mappings.put(key, mapping)
+
+    def _open_committed(self, key: str, size_bytes: int) -> int:
         path = self._path(key)
-        descriptor = self._open(path)
+        try:
+            descriptor = self._open(path)
+        except OSError as error:
+            raise storage_error(error, path) from error
         if descriptor is None:
             raise IntegrityError(
                 "object-missing",
@@ -154,14 +191,11 @@ class LocalBackend:
                 where=path,
                 hint="restore it from a copy; `logitstore verify` lists all damage",
             )
-        try:
-            actual = os.fstat(descriptor).st_size
-            if actual != size_bytes or actual == 0:
-                raise _size_mismatch(path, actual, size_bytes)
-            mapping = mmap.mmap(descriptor, size_bytes, access=mmap.ACCESS_READ)
-        finally:
+        actual = os.fstat(descriptor).st_size
+        if actual != size_bytes or actual == 0:
             os.close(descriptor)
-        return self._mappings.put(key, mapping)
+            raise _size_mismatch(path, actual, size_bytes)
+        return descriptor
 
     def _open(self, path: Path) -> int | None:
         """A descriptor of a regular file inside the store, None when there is none."""
@@ -226,6 +260,7 @@ class LocalBackend:
 
     def close(self) -> None:
         self._mappings.clear()
+        self._files.clear()
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key, where=str(self._root))

@@ -32,7 +32,7 @@ class HostNames:
             self._names.add(settings.host.lower().strip("[]"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_ours(scope):
+        if scope["type"] != "http" or self.allows(scope):
             await self._app(scope, receive, send)
             return
         REFUSALS.labels("host-not-allowed").inc()
@@ -43,7 +43,8 @@ class HostNames:
         )
         await send_problem(error, scope, receive, send)
 
-    def _is_ours(self, scope: Scope) -> bool:
+    def allows(self, scope: Scope) -> bool:
+        """Whether the request names the service by a name of its own."""
         # Probes of an orchestrator come to an address that nobody knows before; they learn nothing.
         if "*" in self._names or scope["path"] in PROBE_PATHS:
             return True
@@ -83,6 +84,15 @@ class Limits:
                 await self._app(scope, receive, send)
         finally:
             self._gate.leave(client)
+
+    def admit_at_once(self, client: str) -> bool:
+        """Count a request without a body that is answered before any other is looked at; False,
+        and not counted, where it has to be refused."""
+        if not self._gate.has_room(client):
+            return False
+        if self._rate is None:
+            return True
+        return not self._rate.wait_s(client) and not self._rate.take(client)
 
     def _admit(self, scope: Scope, client: str) -> None:
         if self._rate is not None and (wait_s := self._rate.take(client)):

@@ -107,6 +107,27 @@ class Authentication:
             key = self._of_session(scope, address)
             if key is None:
                 return Access(f"address:{address}", self._public, metrics=False)
+        return self._access_of(key)
+
+    def plain_access(self, scope: Scope) -> Access | None:
+        """What a request for a store may see, where that needs nothing to be counted or remembered
+        and no cookie; None: the chain decides."""
+        address = _address(scope)
+        if self._ring is None:
+            return Access(f"address:{address}", self._all, metrics=True)
+        sent = [value for name, value in scope["headers"] if name == b"authorization"]
+        if not sent:
+            return Access(f"address:{address}", self._public, metrics=False)
+        scheme, _, text = sent[0].decode("latin-1").partition(" ")
+        if len(sent) > 1 or scheme.lower() != "bearer":
+            return None
+        try:
+            key = self._ring.find(text.strip())
+        except StorageError:
+            return None
+        return None if key is None or (address, key.id) not in self._known else self._access_of(key)
+
+    def _access_of(self, key: Key) -> Access:
         stores = frozenset(name for name in self._all if key.may_read(name))
         return Access(f"key:{key.id}", stores | self._public, key.metrics)
 

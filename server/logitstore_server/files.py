@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from logitstore.spec.commit import ObjectRef
 from logitstore.spec.errors import NotFoundError
 from logitstore.store.documents import HEADER_KEY, INDEX_KEY, object_key
+from logitstore.store.local import LocalBackend
 from logitstore_server.conditional import (
     Answer,
     Representation,
@@ -30,16 +31,17 @@ from logitstore_server.conditional import (
     header_map,
 )
 from logitstore_server.routing import add_file_route, registry_of, settings_of
-from logitstore_server.sending import Read, send_answer
+from logitstore_server.sending import Read, send_answer, send_file, sends_files
 from logitstore_server.stores import CODINGS, Document, ServedStore
 
-__all__ = ["add_routes"]
+__all__ = ["SHARDS_ROUTE", "add_routes", "object_answer"]
 
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
 _ZIP = "application/zip"
 _ARROW_FILE = "application/vnd.apache.arrow.file"
 
+SHARDS_ROUTE = "/v1/stores/{store}/shards/{name}"
 # What a path may name below a store, as the format has it; anything else is not looked for.
 _DOCUMENT = {
     "plans": re.compile(r"[0-9]{6}\.json"),
@@ -61,13 +63,32 @@ class _FileResponse(Response):
         await send_answer(self._answer, self._read, scope, receive, send, waits=self._waits)
 
 
+class _ObjectResponse(Response):
+    """A shard object, or parts of one."""
+
+    def __init__(self, served: ServedStore, ref: ObjectRef, answer: Answer) -> None:
+        self._served, self._ref, self._answer = served, ref, answer
+        self.status_code = answer.status
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        backend, key, size = self._served.backend, object_key(self._ref.name), self._ref.bytes
+        if isinstance(backend, LocalBackend) and scope["method"] == "GET" and sends_files(scope):
+            file = backend.open_object(key, size_bytes=size)
+            await send_file(self._answer, file, receive, send)
+            return
+
+        def read(start: int, stop: int) -> memoryview:
+            return backend.get_range(key, start, stop - start, size_bytes=size)
+
+        await send_answer(self._answer, read, scope, receive, send, waits=not self._served.local)
+
+
 def add_routes(app: FastAPI) -> None:
     """Add the routes of stores' files."""
     at = "/v1/stores/{store}"
     # The most asked for comes first: routes are tried in order.
-    add_file_route(
-        app, f"{at}/shards/{{name}}", shard, media_types=[_ZIP, _ARROW_FILE], immutable=True
-    )
+    add_file_route(app, SHARDS_ROUTE, shard, media_types=[_ZIP, _ARROW_FILE], immutable=True)
     add_file_route(app, f"{at}/{HEADER_KEY}", header, media_types=[_JSON], immutable=False)
     add_file_route(app, f"{at}/{INDEX_KEY}", index, media_types=[_JSON], immutable=False)
     add_file_route(app, f"{at}/commits/{{name}}", commit, media_types=[_JSON], immutable=True)
@@ -88,15 +109,8 @@ async def shard(request: Request) -> Response:
     ref = served.known_object(name)
     if ref is None:
         ref = await run_in_threadpool(served.find_object, name)
-    shape = Representation(
-        size_bytes=ref.bytes,
-        etag=ref.sha256,
-        media_type=_ZIP if name.endswith(".zip") else _ARROW_FILE,
-        cache_control=served.cache_control(immutable=True),
-    )
-    return _FileResponse(
-        _answer(request, shape), _object_reader(served, ref), waits=not served.local
-    )
+    found = object_answer(served, ref, request.scope, settings_of(request).max_ranges)
+    return _ObjectResponse(served, ref, found)
 
 
 async def header(request: Request) -> Response:
@@ -179,10 +193,11 @@ def _answer(request: Request, shape: Representation) -> Answer:
     return answer(shape, header_map(request.scope), max_ranges=max_ranges)
 
 
-def _object_reader(served: ServedStore, ref: ObjectRef) -> Read:
-    key = object_key(ref.name)
-
-    def read(start: int, stop: int) -> memoryview:
-        return served.backend.get_range(key, start, stop - start, size_bytes=ref.bytes)
-
-    return read
+def object_answer(served: ServedStore, ref: ObjectRef, scope: Scope, max_ranges: int) -> Answer:
+    shape = Representation(
+        size_bytes=ref.bytes,
+        etag=ref.sha256,
+        media_type=_ZIP if ref.name.endswith(".zip") else _ARROW_FILE,
+        cache_control=served.cache_control(immutable=True),
+    )
+    return answer(shape, header_map(scope), max_ranges=max_ranges)

@@ -9,8 +9,8 @@ drops connections that keep the server waiting:
 - beyond `max_connections`, or with a head above `max_head_bytes`.
 
 What waits for a reader in memory stays below 64 KiB (uvicorn's high-water mark) plus one piece that
-the application sends. Deadlines are looked at twice a second for all connections together, so that
-a request costs no timer.
+the application sends; parts of files wait on the disk (`outlet`). Deadlines are looked at twice a
+second for all connections together, so that a request costs no timer.
 
     GuardedConfig(app, guard=settings, ...)     # in place of uvicorn.Config
 """
@@ -22,10 +22,13 @@ import http
 from typing import Any, Literal
 
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from logitstore_server.express import Express, Parcel
 from logitstore_server.metrics import CONNECTIONS, DROPPED_CONNECTIONS
+from logitstore_server.outlet import Outlet, offer_zero_copy
 from logitstore_server.problems import ServiceError, problem
 from logitstore_server.settings import ServerSettings
 
@@ -48,23 +51,6 @@ class GuardedConfig(Config):
             **kwargs,
         )
         self.guard = guard
-
-
-class _CountingTransport:
-    """A transport that knows how many bytes were given to it."""
-
-    __slots__ = ("_transport", "written")
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self.written = 0
-
-    def write(self, data: Any) -> None:
-        self.written += len(data)
-        self._transport.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -91,6 +77,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._phase_since_s = self.loop.time()
         self._head_bytes = 0
         self._refused = False
+        app = config.loaded_app
+        self._express = app if isinstance(app, Express) else None
+        self._parcel: Parcel | None = None
+        self._has_delivered = False
         # While bytes wait for the reader: since when, and how many had been taken by then.
         self._sending_since_s: float | None = None
         self._taken_then = 0
@@ -98,8 +88,8 @@ class GuardedProtocol(HttpToolsProtocol):
     # --- connection -------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._counted = _CountingTransport(transport)
-        super().connection_made(self._counted)  # type: ignore[arg-type]
+        self._outlet = Outlet(transport, self.loop)
+        super().connection_made(self._outlet)  # type: ignore[arg-type]
         CONNECTIONS.inc()
         _start_sweeping(self.server_state, self.loop)
         if len(self.connections) > self._limits.max_connections:
@@ -108,6 +98,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         CONNECTIONS.dec()
         super().connection_lost(exc)
+        self._outlet.connection_lost()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
@@ -116,11 +107,17 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._parsing == "head" and self._head_bytes > self._limits.max_head_bytes:
             self._refuse("head-too-large")
         phase = self._parsing
-        if phase is None and not self._is_answering:
+        if phase is None and not self._is_answering and not self._has_delivered:
             phase = "head"  # stray bytes between two requests
+        self._has_delivered = False
         if phase != self._phase:
             self._phase = phase
             self._phase_since_s = self.loop.time()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if self.scheme == "http":  # what is encrypted must pass through this process
+            offer_zero_copy(cycle, self._outlet)
+        super()._start_asgi_task(cycle, app)
 
     # --- parser callbacks -------------------------------------------------------------------
 
@@ -142,16 +139,40 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._head_bytes > self._limits.max_head_bytes:
             return  # data_received refuses it
         self._parsing = "body"
-        super().on_headers_complete()
+        self._parcel = self._express_parcel()
+        if self._parcel is None:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         if self._parsing == "body":
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._parsing == "body":
-            self._parsing = None
+        if self._parsing != "body":
+            return
+        self._parsing = None
+        if self._parcel is None or self._express is None:
             super().on_message_complete()
+            return
+        self._express.deliver(self._parcel, self._outlet)
+        self._parcel = None
+        self._has_delivered = True
+        self.on_response_complete()
+
+    def _express_parcel(self) -> Parcel | None:
+        """The answer to a plain request, where no other is on its way out before it."""
+        if (
+            self._express is None
+            or self.scheme != "http"
+            or self.parser.get_method() != b"GET"
+            or self.parser.get_http_version() != "1.1"
+            or not self.parser.should_keep_alive()
+            or self._is_answering
+            or self.transport.is_closing()
+            or self._outlet.get_write_buffer_size()
+        ):
+            return None
+        return self._express.parcel(dict(self.scope), self.url, self.server_state.default_headers)
 
     # --- deadlines --------------------------------------------------------------------------
 
@@ -177,8 +198,8 @@ class GuardedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _reads_too_slowly(self, now_s: float) -> bool:
-        waiting = self.transport.get_write_buffer_size()
-        taken = self._counted.written - waiting
+        waiting = self._outlet.get_write_buffer_size()
+        taken = self._outlet.written - waiting
         if not waiting:
             self._sending_since_s = None
         elif self._sending_since_s is None:

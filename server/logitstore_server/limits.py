@@ -68,6 +68,10 @@ class Gate:
         self._sum += 1
         return None
 
+    def has_room(self, client: str) -> bool:
+        """Whether `enter` would let the client in."""
+        return self._sum < self._total and self._in_flight.get(client, 0) < self._per_client
+
     def leave(self, client: str) -> None:
         """Count a request out that `enter` let in."""
         self._sum -= 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-import uuid
+from functools import lru_cache
 from typing import Any
 
 import structlog
+from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitstore_server.auth import store_in
+from logitstore_server.logs import log_request
 from logitstore_server.metrics import (
     FIRST_BYTE_SECONDS,
     IN_FLIGHT,
@@ -22,9 +25,10 @@ from logitstore_server.metrics import (
 )
 from logitstore_server.problems import ServiceError, send_problem
 
-__all__ = ["AnswerCutShort", "Observation"]
+__all__ = ["AnswerCutShort", "Observation", "Watched"]
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID = b"x-request-id"
+_PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -51,26 +55,27 @@ class Observation:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        watched = _Watched(scope, send)
+        watched = Watched(scope)
+        send = watched.sending(send)
         IN_FLIGHT.inc()
         structlog.contextvars.bind_contextvars(**watched.context)
         try:
-            await self._app(scope, receive, watched.send)
+            await self._app(scope, receive, send)
         except Exception as error:
             count_damage(error)
             await _log.aerror("request failed", exc_info=error)
             if not watched.status:
                 failure = ServiceError("internal", "the service failed; its log says why")
-                await send_problem(failure, scope, receive, watched.send)
+                await send_problem(failure, scope, receive, send)
             elif not watched.complete:
                 raise AnswerCutShort from None
         finally:
             IN_FLIGHT.dec()
             watched.report()
-            self._count_open(scope)
+            self.count_open(scope)
             structlog.contextvars.clear_contextvars()
 
-    def _count_open(self, scope: Scope) -> None:
+    def count_open(self, scope: Scope) -> None:
         """Shard files stay open between requests, and only requests open them."""
         registry = getattr(getattr(scope.get("app"), "state", None), "registry", None)
         if registry is not None and registry.open_shards != self._open_shards:
@@ -78,40 +83,59 @@ class Observation:
             OPEN_SHARDS.set(self._open_shards)
 
 
-class _Watched:
-    """One request while it is answered."""
+class Watched:
+    """One request while it is answered.
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    Attributes:
+        headers: what its answer carries.
+        context: what every line logged meanwhile carries.
+        status, complete: of the answer so far.
+    """
+
+    def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._send = send
         self._started_s = time.perf_counter()
         self._first_byte_s: float | None = None
         self._bytes = 0
         self.status = 0
         self.complete = False
         given = {name: value for name, value in scope["headers"] if name in _OUR_HEADERS}
-        request_id = given.get(b"x-request-id", b"")
-        if not _REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex.encode()
-        self._headers = [(b"x-request-id", request_id)]
+        request_id = given.get(_REQUEST_ID, b"")
+        if not _PLAIN_ID.fullmatch(request_id):
+            request_id = os.urandom(16).hex().encode()
+        self.headers = [(_REQUEST_ID, request_id)]
         self.context = {"request_id": request_id.decode()}
         trace = _TRACEPARENT.fullmatch(given.get(b"traceparent", b""))
         if trace is not None:
-            self._headers.append((b"traceparent", trace[0]))
+            self.headers.append((b"traceparent", trace[0]))
             self.context["trace_id"] = trace[1].decode()
         scope.setdefault("state", {})["request_id"] = self.context["request_id"]
 
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
-            message = {**message, "headers": [*headers, *self._headers]}
-        elif message["type"] == "http.response.body":
-            if self._first_byte_s is None:
-                self._first_byte_s = time.perf_counter()
-            self._bytes += len(message.get("body", b""))
-            self.complete = not message.get("more_body", False)
-        await self._send(message)
+    def begins(self, status: int) -> None:
+        """The head goes out."""
+        self.status = status
+
+    def continues(self, count: int, *, more: bool) -> None:
+        """So many bytes of the body go out."""
+        if self._first_byte_s is None:
+            self._first_byte_s = time.perf_counter()
+        self._bytes += count
+        self.complete = not more
+
+    def sending(self, send: Send) -> Send:
+        """`send`, watched, and with the headers."""
+
+        async def send_watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.begins(message["status"])
+                headers = [pair for pair in message["headers"] if pair[0].lower() != _REQUEST_ID]
+                message = {**message, "headers": [*headers, *self.headers]}
+            else:  # a body's bytes, or a part of a file that the server sends
+                count = message.get("count") or len(message.get("body", b""))
+                self.continues(count, more=message.get("more_body", False))
+            await send(message)
+
+        return send_watched
 
     def report(self) -> None:
         now_s = time.perf_counter()
@@ -119,15 +143,15 @@ class _Watched:
         # The router leaves the route it chose in the scope: a template, so that labels stay few.
         route = getattr(self._scope.get("route"), "path", "none")
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
-        REQUESTS.labels(method, route, self.status or "cut").inc()
-        FIRST_BYTE_SECONDS.labels(route).observe(first_byte_s - self._started_s)
-        STREAM_SECONDS.labels(route).observe(now_s - first_byte_s)
+        requests, first_byte, stream = _metrics(method, route, self.status)
+        requests.inc()
+        first_byte.observe(first_byte_s - self._started_s)
+        stream.observe(now_s - first_byte_s)
         access = self._scope["state"].get("access")
         store = store_in(self._scope["path"])
         readable = store is not None and access is not None and access.may_read(store)
         RESPONSE_BYTES.labels(store if readable else "").inc(self._bytes)
-        _log.info(
-            "request",
+        log_request(
             method=method,
             path=self._scope["path"],
             status=self.status,
@@ -136,7 +160,18 @@ class _Watched:
             first_byte_s=round(first_byte_s - self._started_s, 6),
             stream_s=round(now_s - first_byte_s, 6),
             client=access.client if access is not None else "",
+            **self.context,
         )
 
 
-_OUR_HEADERS = frozenset({b"x-request-id", b"traceparent"})
+@lru_cache(maxsize=1024)
+def _metrics(method: str, route: str, status: int) -> tuple[Counter, Histogram, Histogram]:
+    """Finding a metric by its labels costs more than counting."""
+    return (
+        REQUESTS.labels(method, route, status or "cut"),
+        FIRST_BYTE_SECONDS.labels(route),
+        STREAM_SECONDS.labels(route),
+    )
+
+
+_OUR_HEADERS = frozenset({_REQUEST_ID, b"traceparent"})

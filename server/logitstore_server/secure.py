@@ -8,6 +8,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from logitstore_server.admission import HostNames, Limits
 from logitstore_server.auth import Authentication
+from logitstore_server.express import Express
 from logitstore_server.observation import Observation
 from logitstore_server.scrape import MetricsPage
 from logitstore_server.security_headers import SecurityHeaders
@@ -22,9 +23,10 @@ def secure(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
 
     All are plain ASGI: a disconnect and a slow reader are felt by the application at once.
     """
+    inner = app
     app = MetricsPage(app)
-    app = Limits(app, settings)
-    app = Authentication(app, settings)
+    app = limits = Limits(app, settings)
+    app = authentication = Authentication(app, settings)
     if settings.cors_origins:
         # Before authentication: a browser asks without a key whether it may ask.
         app = CORSMiddleware(
@@ -34,10 +36,19 @@ def secure(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
             allow_headers=["Authorization", "Range", "If-Range", "If-None-Match"],
             expose_headers=["ETag", "Content-Range", "Accept-Ranges", "X-Request-ID"],
         )
-    app = HostNames(app, settings)
-    app = SecurityHeaders(app, other_origins=bool(settings.cors_origins))
+    app = hosts = HostNames(app, settings)
+    app = headers = SecurityHeaders(app, other_origins=bool(settings.cors_origins))
     app = GracefulShutdown(app, settings)
-    app = Observation(app)
+    app = observation = Observation(app)
     if settings.trusted_proxies:
         app = ProxyHeadersMiddleware(app, trusted_hosts=list(settings.trusted_proxies))  # type: ignore[assignment,arg-type]
-    return app
+    # The same parts, asked directly where a request is plain.
+    return Express(
+        app,
+        inner,
+        hosts=hosts,
+        headers=headers,
+        authentication=authentication,
+        limits=limits,
+        observation=observation,
+    )

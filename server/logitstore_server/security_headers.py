@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["SecurityHeaders"]
@@ -27,13 +29,16 @@ class SecurityHeaders:
         self._app = app
         self._headers = _DEFAULTS if other_origins else (*_DEFAULTS, _SAME_ORIGIN)
 
+    def completed(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """An answer's headers with those that it does not have."""
+        headers = list(headers)
+        present = {name.lower() for name, _ in headers}
+        return headers + [pair for pair in self._headers if pair[0] not in present]
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = list(message.get("headers", ()))
-                present = {name.lower() for name, _ in headers}
-                headers += [pair for pair in self._headers if pair[0] not in present]
-                message = {**message, "headers": headers}
+                message = {**message, "headers": self.completed(message.get("headers", ()))}
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)

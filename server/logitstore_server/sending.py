@@ -1,7 +1,8 @@
 """Bodies on their way to a client: bounded memory, and an end when the client has gone.
 
-The chain in front of these functions is pure ASGI, so that what they send is written to the socket
-as it is: slices of mapped files without a copy.
+Files are left to the kernel where the server can do that (`outlet`). Elsewhere they go out as
+slices of their mapping; as the chain in front of these functions is pure ASGI, these reach the
+socket without a copy in between.
 """
 
 from __future__ import annotations
@@ -15,9 +16,19 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from logitstore.store.local import OpenFile
 from logitstore_server.conditional import Answer
+from logitstore_server.outlet import ZERO_COPY
 
-__all__ = ["SLICE_BYTES", "Read", "forget_mapped", "send_answer", "send_blocks"]
+__all__ = [
+    "SLICE_BYTES",
+    "Read",
+    "forget_mapped",
+    "send_answer",
+    "send_blocks",
+    "send_file",
+    "sends_files",
+]
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -25,7 +36,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 # (start, stop) of the representation -> its bytes
 Read = Callable[[int, int], memoryview]
 
+_BODY = "http.response.body"
 SLICE_BYTES = 1 << 20
+# Of a file that the kernel sends: what is counted as sent when a client goes away meanwhile.
+_FILE_SLICE_BYTES = 4 << 20
 # Until then the socket has taken the last slice from an event loop that does not copy it.
 _LINGER_S = 0.5
 
@@ -66,6 +80,39 @@ async def send_answer(
         asyncio.get_running_loop().call_later(_LINGER_S, forget_mapped, *each)
 
 
+def sends_files(scope: Scope) -> bool:
+    """Whether the server in front can send parts of files itself."""
+    return ZERO_COPY in (scope.get("extensions") or ())
+
+
+async def send_file(answer: Answer, file: OpenFile, receive: Receive, send: Send) -> None:
+    """Send an answer whose body is parts of a file, by a server that `sends_files`."""
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    slices = list(_slices(answer, _FILE_SLICE_BYTES))
+    last = len(slices) - 1
+    if last <= 0:
+        await send(_part_of(slices[0], file, False) if slices else {"type": _BODY, "body": b""})
+        return
+    async with _until_disconnect(receive) as gone:
+        for number, part in enumerate(slices):
+            await send(_part_of(part, file, number < last))
+            if gone():
+                return
+
+
+def _part_of(part: bytes | tuple[int, int], file: OpenFile, more: bool) -> dict[str, Any]:
+    if isinstance(part, bytes):
+        return {"type": _BODY, "body": part, "more_body": more}
+    start, stop = part
+    return {
+        "type": ZERO_COPY,
+        "file": file.descriptor,
+        "offset": start,
+        "count": stop - start,
+        "more_body": more,
+    }
+
+
 async def send_blocks(
     headers: list[tuple[bytes, bytes]],
     blocks: Iterator[bytes | memoryview],
@@ -95,14 +142,14 @@ async def send_blocks(
             await send({"type": "http.response.body", "body": b""})
 
 
-def _slices(answer: Answer) -> Iterator[bytes | tuple[int, int]]:
+def _slices(answer: Answer, most: int = SLICE_BYTES) -> Iterator[bytes | tuple[int, int]]:
     for part in answer.parts:
         if isinstance(part, bytes):
             yield part
             continue
         start, stop = part
-        for offset in range(start, stop, SLICE_BYTES):
-            yield offset, min(offset + SLICE_BYTES, stop)
+        for offset in range(start, stop, most):
+            yield offset, min(offset + most, stop)
 
 
 async def _take(part: bytes | tuple[int, int], read: Read, waits: bool) -> bytes | memoryview:

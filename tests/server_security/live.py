@@ -23,19 +23,25 @@ import psutil
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from logitstore_server.app import create_app
+from logitstore_server.outlet import ZERO_COPY
 from logitstore_server.serving import serve
 from logitstore_server.settings import ServerSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIG_BYTES = 32 << 20
 BLOCK = b"x" * (1 << 20)
+FILE_START = b"a file that the kernel sends"
 
 
 def toy_app(settings: ServerSettings) -> Starlette:
-    """Answers at once, in 32 MiB, slowly, or with what was sent."""
+    """Answers at once, in 32 MiB, from a file, slowly, or with what was sent."""
+    blob = tempfile.TemporaryFile()  # noqa: SIM115
+    blob.truncate(BIG_BYTES)
+    blob.write(FILE_START)
+    blob.flush()
 
     async def ping(request: Request) -> Response:
         return JSONResponse({"pid": os.getpid()})
@@ -49,6 +55,12 @@ def toy_app(settings: ServerSettings) -> Starlette:
                 yield BLOCK
 
         return StreamingResponse(body(), headers={"content-length": str(BIG_BYTES)})
+
+    async def file(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", str(BIG_BYTES).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        part = {"type": ZERO_COPY, "file": blob.fileno(), "offset": 0, "count": BIG_BYTES}
+        await send(part)
 
     async def slow(request: Request) -> Response:
         async def body() -> AsyncIterator[bytes]:
@@ -64,6 +76,7 @@ def toy_app(settings: ServerSettings) -> Starlette:
             Route("/v1/stores/a/echo", echo, methods=["POST"]),
             Route("/v1/stores/a/big", big),
             Route("/v1/stores/a/slow", slow),
+            Mount("/v1/stores/a/file", file),
             Route("/healthz", ping),
             Route("/readyz", ping),
         ]
