@@ -88,6 +88,11 @@ class Cache:
 
     def read(self, name: str) -> bytes | None:
         """An entry's bytes, None when it is not there. A damaged one is removed."""
+        found = self.read_checked(name)
+        return None if found is None else bytes(found[0])
+
+    def read_checked(self, name: str) -> tuple[memoryview, int] | None:
+        """An entry's bytes, which are not copied, and their CRC-32C."""
         path = self._path(name)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -99,8 +104,9 @@ class Cache:
             self._tell("not read from the cache", error)
             return None
         body = memoryview(data)[: -_CHECKSUM.size]
-        if len(data) > _CHECKSUM.size and data[len(body) :] == _CHECKSUM.pack(crc32c(body)):
-            return bytes(body)
+        checksum = crc32c(body)
+        if len(data) > _CHECKSUM.size and data[len(body) :] == _CHECKSUM.pack(checksum):
+            return body, checksum
         _log.warning("%s: damaged entry of the cache removed", path)
         self.remove(name)
         return None

@@ -75,10 +75,10 @@ class RemoteReader:
     ) -> memoryview:
         name = _range_name(key, offset, length)
         if crc32c is not None:
-            data = self._read(name)
+            held = self._read_checked(name)
             # Its own checksum was right; this compares it with what the commit now says.
-            if data is not None and len(data) == length and crc32c_of(data) == crc32c:
-                return memoryview(data)
+            if held is not None and len(held[0]) == length and held[1] == crc32c:
+                return held[0]
         if self._offline:
             self._refuse_missing(f"{key} bytes {offset} to {offset + length}")
         view = self._source.get_range(key, offset, length, size_bytes=size_bytes)
@@ -168,10 +168,14 @@ class RemoteReader:
         _log.warning("%s/%s: arrived damaged; asking once more", self.location, key)
 
     def _read(self, name: str) -> bytes | None:
+        found = self._read_checked(name)
+        return None if found is None else bytes(found[0])
+
+    def _read_checked(self, name: str) -> tuple[memoryview, int] | None:
         if self._cache is None or self._id is None:
             return None
         check_key(name, where=str(self.location))
-        return self._cache.read(f"{self._id}/{name}")
+        return self._cache.read_checked(f"{self._id}/{name}")
 
     def _write(self, name: str, data: bytes | memoryview, *, replace: bool = False) -> None:
         if self._cache is not None and self._id is not None:

@@ -143,14 +143,16 @@ class Watched:
         # The router leaves the route it chose in the scope: a template, so that labels stay few.
         route = getattr(self._scope.get("route"), "path", "none")
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
-        requests, first_byte, stream = _metrics(method, route, self.status)
-        requests.inc()
-        first_byte.observe(first_byte_s - self._started_s)
-        stream.observe(now_s - first_byte_s)
         access = self._scope["state"].get("access")
         store = store_in(self._scope["path"])
         readable = store is not None and access is not None and access.may_read(store)
-        RESPONSE_BYTES.labels(store if readable else "").inc(self._bytes)
+        requests, sent, first_byte, stream = _metrics(
+            method, route, self.status, store if readable else ""
+        )
+        requests.inc()
+        sent.inc(self._bytes)
+        first_byte.observe(first_byte_s - self._started_s)
+        stream.observe(now_s - first_byte_s)
         log_request(
             method=method,
             path=self._scope["path"],
@@ -165,10 +167,13 @@ class Watched:
 
 
 @lru_cache(maxsize=1024)
-def _metrics(method: str, route: str, status: int) -> tuple[Counter, Histogram, Histogram]:
+def _metrics(
+    method: str, route: str, status: int, store: str | None
+) -> tuple[Counter, Counter, Histogram, Histogram]:
     """Finding a metric by its labels costs more than counting."""
     return (
         REQUESTS.labels(method, route, status or "cut"),
+        RESPONSE_BYTES.labels(store),
         FIRST_BYTE_SECONDS.labels(route),
         STREAM_SECONDS.labels(route),
     )
