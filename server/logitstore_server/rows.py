@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from fastapi import FastAPI, Query
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from logitstore.containers.arrow_shard import batch_columns, column_types, record_batch
 from logitstore.record import Record
@@ -31,6 +31,18 @@ from logitstore.spec.tokenizer_table import TokenizerTable
 from logitstore_server.cursors import make_cursor, read_cursor
 from logitstore_server.json_values import plain
 from logitstore_server.routing import ServedByName, problems
+from logitstore_server.row_answers import (
+    ColumnStatistics,
+    Feature,
+    Info,
+    IsValid,
+    Page,
+    Row,
+    Size,
+    Split,
+    Splits,
+    StatisticsAnswer,
+)
 from logitstore_server.samples import Columns, batches, chosen_columns
 from logitstore_server.stores import Opened, ServedStore
 
@@ -62,93 +74,6 @@ _ColumnList = Annotated[
     str | None,
     Query(description="Names with commas between them; default: what has few values a position."),
 ]
-
-
-class Feature(BaseModel):
-    """A column of rows."""
-
-    feature_idx: int
-    name: str
-    type: dict[str, Any] = Field(examples=[{"dtype": "uint32", "_type": "Value"}])
-
-
-class Row(BaseModel):
-    """One sample."""
-
-    row_idx: int = Field(description="Number of the sample in this snapshot.")
-    row: dict[str, Any]
-    truncated_cells: list[str] = Field(description="Columns that were cut.")
-
-
-class Page(BaseModel):
-    """Some rows of a store."""
-
-    features: list[Feature]
-    rows: list[Row]
-    num_rows_total: int = Field(description="Samples of the store.")
-    num_rows_per_page: int = Field(description="Most rows that a page can have.")
-    partial: bool = Field(description="Samples remain that were not looked at.")
-    truncated: bool = Field(description="Some cell was cut.")
-    scanned: int = Field(description="Samples that were looked at for this page.")
-    next: str | None = Field(description="Cursor to the next page, null after the last.")
-
-
-class Split(BaseModel):
-    """The one part of a store."""
-
-    dataset: str
-    config: str
-    split: str
-
-
-class Splits(BaseModel):
-    """Parts of a store."""
-
-    splits: list[Split]
-    pending: list[str]
-    failed: list[str]
-
-
-class ColumnStatistics(BaseModel):
-    """Statistics of one quantity over positions."""
-
-    column_name: str
-    column_type: str
-    column_statistics: dict[str, Any]
-
-
-class StatisticsAnswer(BaseModel):
-    """What commits and index say; no sample is read."""
-
-    num_examples: int
-    num_positions: int
-    labels: int = Field(description="Positions with a label.")
-    statistics: list[ColumnStatistics]
-    partial: bool
-
-
-class Size(BaseModel):
-    """Sizes of a store."""
-
-    size: dict[str, Any]
-    partial: bool = Field(description="The capture goes on.")
-
-
-class Info(BaseModel):
-    """What a store holds."""
-
-    dataset_info: dict[str, Any]
-    partial: bool
-
-
-class IsValid(BaseModel):
-    """What can be asked of a store."""
-
-    preview: bool
-    viewer: bool
-    search: bool
-    filter: bool
-    statistics: bool
 
 
 def add_routes(app: FastAPI) -> None:
