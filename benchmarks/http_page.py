@@ -7,7 +7,7 @@ from typing import Any
 
 from report import table
 
-__all__ = ["page", "targets_of"]
+__all__ = ["capacity_of", "page", "targets_of"]
 
 OURS = "logitstore"
 
@@ -38,6 +38,40 @@ def targets_of(result: dict[str, Any]) -> list[list[str]]:
             [f"requests to open {own_open['shards']:,} shards", str(own_open["requests"]), "2"]
         )
     return lines
+
+
+def capacity_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What docs/serving.md shows: medians, beside those of the other server or of the disk."""
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, unit: str, values: dict[str, float], own: str = OURS) -> None:
+        beside = {name: value for name, value in values.items() if name in ("nginx", "disk")}
+        rows.append({"what": what, "service": values[own], "beside": beside, "unit": unit})
+
+    for streams, found in _grouped(result.get("shards", []), "streams"):
+        values = {r["server"]: r["mb_per_s"]["median"] for r in found}
+        add(f"whole shards, {streams} streams", "MB/s", values)
+    own = [row for row in result.get("ranges", []) if row["client"] == "obstore"]
+    for length, same in _grouped(own, "bytes"):
+        streams, found = _grouped(same, "streams")[-1]
+        values = {r["server"]: r["requests_per_s"]["median"] for r in found}
+        add(f"ranges of {length:,} B, {streams} streams", "requests/s", values)
+    for clients, found in _grouped(result.get("load", []), "clients"):
+        for q in ("p50", "p99"):
+            values = {r["server"]: r["first_byte_ms"][q] for r in found}
+            add(f"{q} to first byte, {clients} clients", "ms", values)
+    for store, found in _grouped(result.get("epochs", []), "store"):
+        values = {r["read"]: r["tokens_per_s"]["median"] / 1e6 for r in found}
+        for how in ("warm cache", "no cache"):
+            add(f"decoded, {store}, {how}", "Mtok/s", values, own=how)
+    return rows
+
+
+def _grouped(rows: Iterable[dict[str, Any]], key: str) -> list[tuple[Any, list[dict[str, Any]]]]:
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return list(groups.items())
 
 
 def _ratios(rows: Iterable[dict[str, Any]]) -> list[float]:

@@ -32,7 +32,7 @@ from typing import Any
 import http_clients as clients
 import http_training as training
 import numpy as np
-from http_page import page, targets_of
+from http_page import capacity_of, page, targets_of
 from http_servers import NGINX_MISSING, Server, logitstore_server, nginx_program, nginx_server
 from http_stores import MANY, STUDENT, chunk_ranges, write_stores
 from report import REPORTS, environment, write_report
@@ -352,6 +352,7 @@ def main() -> None:
         **found,
     }
     result["targets"] = targets_of(result)
+    result["capacity"] = capacity_of(result)
     write_report(options.out, "http", result, page(result))
     print((options.out / "http.md").read_text(encoding="utf-8"))
 
