@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 
 @pytest.mark.parametrize(
     ("script", "asset", "samples"),
-    [("classification", "fashion_mnist_dir", 400), ("classification_text", "kjv_path", 100)],
+    [("classification", "fashion_mnist_dir", 1600), ("classification_text", "kjv_path", 100)],
 )
 def test_a_demo_captures_verifies_and_trains(script, asset, samples, tmp_path, request):
     request.getfixturevalue(asset)
@@ -28,5 +28,5 @@ def test_a_demo_captures_verifies_and_trains(script, asset, samples, tmp_path, r
         assert store.num_samples == samples
         assert store.header.sample_kind == "classification"
     report = Path(out / "report.md").read_text()
-    assert report.count("| student, ") == (3 if script == "classification" else 2)
+    assert report.count("| student, ") == (4 if script == "classification" else 2)
     assert report.splitlines()[-1] in done.stdout
