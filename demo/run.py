@@ -93,7 +93,7 @@ def train(store: Path, loss: str, out: Path, key: str) -> dict[str, Any]:
     return json.loads(result.read_text())
 
 
-# Measured on one store with `demo/train.py --seed 0`, 1 and 2: 5.779, 5.770, 6.327 with labels alone,
+# Measured on one store with `demo/train.py`, seeds 0, 1, 2: 5.779, 5.770, 6.327 with labels alone,
 # 5.848, 6.088, 5.674 with the record.
 SPREAD = (
     "One seed and a few minutes: this shows that it runs, not which loss is better. Other seeds on "
