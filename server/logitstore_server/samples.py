@@ -265,7 +265,8 @@ def _negotiate(accept: str | None) -> tuple[str, str | None]:
     best: tuple[float, str, str | None] = (0.0, "", None)
     # A comma inside quotes separates codecs, not media types.
     for item in re.findall(r'(?:[^,"]|"[^"]*")+', accept or "*/*"):
-        name, *parameters = (part.strip() for part in re.findall(r'(?:[^;"]|"[^"]*")+', item))
+        parts = re.findall(r'(?:[^;"]|"[^"]*")+', item) or [""]  # of ";" alone there are none
+        name, *parameters = (part.strip() for part in parts)
         values = {
             key.strip().lower(): value.strip().strip('"').lower()
             for key, _, value in (parameter.partition("=") for parameter in parameters)

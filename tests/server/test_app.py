@@ -143,7 +143,7 @@ def test_without_a_decision_on_access_nothing_is_answered(location):
         every = [route.path for route in client.app.routes]
         assert len(every) > 30
         for template in [*every, "/nothing"]:
-            path = template.replace("{store}", "s").replace("{sample:int}", "0")
+            path = template.replace("{store}", "s").replace("{sample:number}", "0")
             answer = client.get(path)
             if path in ("/healthz", "/readyz"):
                 assert answer.status_code == 200

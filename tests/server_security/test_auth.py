@@ -63,7 +63,7 @@ def paths_about(settings: ServerSettings, store: str) -> list[str]:
         "store_name": store,
         "shard": shard,
         "name": shard,
-        "sample:int": "0",
+        "sample:number": "0",
         "file:path": "viewer.css",
     }
     paths = []

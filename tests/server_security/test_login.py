@@ -122,7 +122,7 @@ def test_a_foreign_store_is_on_no_page(
 ) -> None:
     """Every page of the viewer, by cookie and by key, as a page and as data."""
     pages = [
-        template.replace("{sample:int}", "0").replace("{shard}", "0001-000000")
+        template.replace("{sample:number}", "0").replace("{shard}", "0001-000000")
         for template in templates(create_app(settings).routes)
         if "{store}" in template and not template.startswith("/v1")
     ]

@@ -28,6 +28,7 @@ __all__ = ["MAX_CHUNKS", "MAX_RESULTS", "find"]
 
 MAX_CHUNKS = 64
 MAX_RESULTS = 100
+_LARGEST = 1 << 53
 # Bytes of text shown before and after a hit.
 _AROUND = 40
 _KEY = re.compile(r"(?P<file>.+)#(?P<document>[0-9]+)@[0-9]+")
@@ -137,7 +138,8 @@ def _number(query: Mapping[str, str], name: str, kind: Callable[[str], float]) -
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    # Also of int(), whose results may be too long to be compared with anything.
+    if not -_LARGEST <= value <= _LARGEST:
         raise UsageError("bad-argument", "not a number", where=name, expected="such as 5 or -2.5")
     return value
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -79,6 +80,15 @@ LinksFor = Callable[[Request], Links]
 
 def _links(request: Request) -> Links:
     return Links(request.scope.get("root_path", ""))
+
+
+class _NumberConvertor(IntegerConvertor):
+    """Of a sample. Nothing longer is one, and int() fails at thousands of digits."""
+
+    regex = "[0-9]{1,12}"
+
+
+register_url_convertor("number", _NumberConvertor())
 
 
 class _Viewer:
@@ -371,7 +381,7 @@ def viewer_routes(
 
     routes.append(Route("/stores.json", _guarded(lambda request: viewer.json(request, home))))
     routes.append(Route("/", _guarded(viewer.page("stores.html", home)[0])))
-    sample_path = "/stores/{store}/samples/{sample:int}"
+    sample_path = "/stores/{store}/samples/{sample:number}"
     data(f"{sample_path}/tokens.json", tokens)
     data(f"{sample_path}/kept.json", kept)
     routes.append(Route(f"{sample_path}/image.png", _guarded(picture)))
@@ -379,8 +389,8 @@ def viewer_routes(
     page("/stores/{store}/overview", "store.html", show_store)
     page("/stores/{store}/shards/{shard}", "shard.html", show_shard)
     page("/stores/{store}/find", "find.html", search)
-    data("/compare/samples/{sample:int}/tokens.json", compare_tokens)
-    page("/compare/samples/{sample:int}", "compare_sample.html", compare_one)
+    data("/compare/samples/{sample:number}/tokens.json", compare_tokens)
+    page("/compare/samples/{sample:number}", "compare_sample.html", compare_one)
     page("/compare", "compare.html", compare)
     routes.append(Route("/static/{file:path}", _guarded(_static)))
     return routes
