@@ -28,9 +28,13 @@ from tests.store_report import report
         ("https://host/x", "http", "https://host/x"),
         ("HTTPS://host/x", "http", "https://host/x"),
         (Path("/data/st"), "local", "/data/st"),
+        ("hf://datasets/o/n/st/", "http", "https://hub/datasets/o/n/resolve/main/st"),
+        ("hf://datasets/o/n@v1", "http", "https://hub/datasets/o/n/resolve/v1"),
+        ("hf://o/n@refs%2Fpr%2F1/a/b", "http", "https://hub/o/n/resolve/refs%2Fpr%2F1/a/b"),
     ],
 )
-def test_places(text, kind, expected):
+def test_places(text, kind, expected, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub/")
     location = store.parse_location(text)
     assert (location.kind, str(location)) == (kind, expected)
     assert store.parse_location(location) == location
@@ -49,7 +53,12 @@ def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch):
         ("", UsageError, "bad-argument"),
         ("a\0b", UsageError, "bad-argument"),
         ("hdfs://host/x", StorageError, "unsupported-url"),
-        ("hf://datasets/x", StorageError, "unsupported-url"),
+        ("hf://datasets/x", UsageError, "bad-argument"),
+        ("hf://x", UsageError, "bad-argument"),
+        ("hf://datasets/o//st", UsageError, "bad-argument"),
+        ("hf://o/n/../m", UsageError, "bad-argument"),
+        ("hf://o/n/st?download=true", UsageError, "bad-argument"),
+        ("hf://hf_secret@datasets/o/n", UsageError, "bad-argument"),
         ("s3:///prefix", UsageError, "bad-argument"),
         ("file://elsewhere/x", UsageError, "bad-argument"),
         ("http://host/x?token=1", UsageError, "bad-argument"),

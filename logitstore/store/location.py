@@ -14,6 +14,9 @@ __all__ = ["Location", "parse_location"]
 
 _OBJECT_SCHEMES = {"s3", "gs", "az"}
 _HTTP_SCHEMES = {"http", "https"}
+# Repositories of the Hugging Face Hub, at HF_ENDPOINT where that is set.
+_HUB = "https://huggingface.co"
+_HUB_KINDS = ("datasets", "spaces")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Location:
 
 
 def parse_location(location: str | os.PathLike[str] | Location) -> Location:
-    """A folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://` or `http(s)://` URL.
+    """A folder, `file://`, `s3://bucket/prefix`, `gs://`, `az://`, `hf://` or `http(s)://` URL.
+
+    `hf://datasets/OWNER/NAME[@REVISION]/PATH` stands for the https URL that the Hub serves the
+    repository's files at.
 
     Raises: StorageError unsupported-url; UsageError bad-argument for a URL that is incomplete,
     carries credentials (they would end up in logs) or a query.
@@ -58,13 +64,13 @@ def parse_location(location: str | os.PathLike[str] | Location) -> Location:
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
             raise _bad(text, "does not name a folder of this machine", "file:///absolute/path")
         return Location("local", os.path.abspath(unquote(parts.path)))
-    if scheme not in _OBJECT_SCHEMES | _HTTP_SCHEMES:
+    if scheme not in _OBJECT_SCHEMES | _HTTP_SCHEMES | {"hf"}:
         raise StorageError(
             "unsupported-url",
             "no reader for this kind of URL",
             where=text,
             got=f"{scheme}://",
-            expected="a folder, file://, s3://, gs://, az://, http:// or https://",
+            expected="a folder, file://, s3://, gs://, az://, hf://, http:// or https://",
         )
     if parts.query or parts.fragment:
         raise _bad(text, "has a query or a fragment", "a plain URL")
@@ -76,8 +82,22 @@ def parse_location(location: str | os.PathLike[str] | Location) -> Location:
     segments = [unquote(s) for s in parts.path.split("/")]
     if any(s in (".", "..") for s in segments):
         raise _bad(text, "holds '.' or '..'", "a plain URL")
+    if scheme == "hf":
+        return parse_location(_hub_url(text, f"{parts.netloc}{parts.path}"))
     kind: Literal["object", "http"] = "object" if scheme in _OBJECT_SCHEMES else "http"
     return Location(kind, f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}")
+
+
+def _hub_url(text: str, path: str) -> str:
+    """The URL below which the Hub serves the files of `hf://PATH`."""
+    segments = path.rstrip("/").split("/")
+    kind = [segments.pop(0)] if segments[0] in _HUB_KINDS else []
+    if len(segments) < 2 or not all(segments):
+        raise _bad(text, "names no repository", "hf://datasets/OWNER/NAME/PATH")
+    owner, repository, *inside = segments
+    name, _, revision = repository.partition("@")
+    base = os.environ.get("HF_ENDPOINT", _HUB).rstrip("/")
+    return "/".join([base, *kind, owner, name, "resolve", revision or "main", *inside])
 
 
 def _bad(text: str, what: str, expected: str) -> UsageError:

@@ -339,8 +339,9 @@ def _connect(location: Location, token_host: str | None) -> ObjectStore:
 
     url = str(location)
     options: Any = {}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    if url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://")):
+    named = [os.environ.get(name, "") for name in _ENDPOINTS.get(url.partition(":")[0], ())]
+    # Unencrypted only where somebody has written so.
+    if any(text.startswith("http://") for text in (url, *named)):
         options["allow_http"] = True
     token = bearer_token(url, first_host=token_host) if location.kind == "http" else None
     if token:
@@ -358,6 +359,13 @@ def _connect(location: Location, token_host: str | None) -> ObjectStore:
             "storage-failed", "cannot connect", where=location, got=told
         ) from None
 
+
+# Where obstore takes an address other than the cloud's own from.
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 
 # Where obstore looks when the environment holds nothing: the metadata service of a cloud's machine.
 _METADATA_SERVICES = ("169.254.169.254", "metadata.google.internal")
