@@ -275,3 +275,61 @@ def test_classification_samples(tmp_path):
     assert record["label"].tolist() == [3, 0, 49]
     assert record["sample_lengths"].tolist() == [1, 1, 1]
     np.testing.assert_array_equal(record["ids"][:, 0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind"),
+    [
+        ({"loss_mask": [1, 0.5]}, {"loss_mask": True}, "bad-argument"),
+        ({"byte_end": [0.5, 2]}, {"aux": "byte_end"}, "bad-argument"),
+        ({"byte_end": [2, 1]}, {"aux": ["byte_end"]}, "bad-argument"),
+        ({"byte_end": [1, 1 << 32]}, {"aux": ["byte_end"]}, "bad-argument"),
+        ({"sample_key": ""}, {}, "bad-argument"),
+        ({"sample_key": 7}, {}, "bad-argument"),
+        ({"sample_key": "é" * 40_000}, {}, "bad-argument"),
+        ({"logits": rows(2).numpy().astype(complex)}, {}, "wrong-length"),
+        ({"logits": [["a"]]}, {}, "wrong-length"),
+        ({"logits": rows(2) * 1e30}, {"signal": "graph:k=3"}, "teacher-nonfinite"),
+    ],
+)
+def test_values_that_would_be_stored_wrong_are_refused(tmp_path, arguments, options, kind):
+    with logitstore.writer(tmp_path, **{"signal": "topk:4", "vocab_size": V, **options}) as w:
+        with pytest.raises(LogitstoreError) as caught:
+            w.add([1, 2], **{"logits": rows(2), **arguments})
+        assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"signal": None},
+        {"signal": 64},
+        {"vocab_size": 8.5},
+        {"container": "parquet"},
+        {"sample_kind": "image"},
+        {"seed": -1},
+        {"chunk_positions": 0},
+        {"always_ids": "12"},
+        {"always_ids": [1.5]},
+        {"lse_at": [0.0]},
+        {"lse_at": [float("nan")]},
+        {"lse_at": [2.0, 2.0]},
+        {"lse_at": 2.0},
+        {"configuration": {"a": {1, 2}}},
+    ],
+)
+def test_a_writer_refuses_what_no_store_can_have(tmp_path, options):
+    with pytest.raises(UsageError) as caught:
+        logitstore.writer(tmp_path, **{"signal": "topk:4", "vocab_size": V, **options})
+    assert caught.value.kind in ("bad-argument", "unknown-signal")
+    assert not any(tmp_path.iterdir())
+
+
+def test_arrays_are_taken_wherever_numbers_are(tmp_path):
+    options = {"always_ids": np.array([3, 1]), "lse_at": np.array([2.0], np.float32)}
+    backwards = rows(2).numpy()[::-1]
+    with logitstore.writer(tmp_path, signal="topk:4", vocab_size=V, **options) as w:
+        w.add([1, 2], backwards)
+    record = everything(tmp_path)
+    expected = torch.log_softmax(torch.from_numpy(backwards.copy()), -1)[:, [3, 1]]
+    assert torch.allclose(torch.from_numpy(record["always_logprobs"]).float(), expected, atol=1e-2)

@@ -23,12 +23,20 @@ import numpy as np
 import torch
 
 from logitstore.capture.chunks import Chunker, Columns, SampleEncoder
+from logitstore.capture.push_inputs import (
+    ascending,
+    booleans,
+    check_key,
+    check_length,
+    integers,
+    logits_of,
+)
 from logitstore.capture.scores import scores_record
 from logitstore.containers.ranked import IdRanks
 from logitstore.corpora import labels_of
 from logitstore.corpora.tokenizer import table_of
 from logitstore.record import Record
-from logitstore.record.new_header import new_header
+from logitstore.record.new_header import always_ids_of, new_header, temperatures_of
 from logitstore.record.statistics import merge, statistics_of
 from logitstore.signals import encoder
 from logitstore.spec.errors import CaptureError, TargetsError, TeacherError, UsageError
@@ -89,7 +97,9 @@ def writer(
 
     Raises: UsageError; CommitError configuration-changed, store-sealed; StorageError.
     """
-    spec = parse_signal(signal) if isinstance(signal, str) else signal
+    spec = signal if hasattr(signal, "kind") else parse_signal(signal)
+    if isinstance(aux, str):
+        aux = (aux,)
     if spec.kind == "scores" and sample_kind == "sequence":
         raise UsageError(
             "bad-argument",
@@ -118,7 +128,7 @@ def writer(
             table=TOKENIZER_TABLE,
             special_ids=tuple(sorted(table.special)),
         )
-    temperatures, always = tuple(lse_at), tuple(always_ids)
+    temperatures, always = temperatures_of(lse_at), always_ids_of(always_ids, vocab_size)
     ranks = None if id_frequencies is None else _ranks_of(id_frequencies, vocab_size)
     header = new_header(
         spec,
@@ -243,9 +253,7 @@ class PushWriter:
         key = self._next_key(sample_key)
         if self._encoder is None:
             raise self._wrong_method("add", "add_scores(ids, scores)")
-        if isinstance(logits, np.ndarray) and not logits.flags.writeable:
-            logits = logits.copy()  # torch would warn that it cannot forbid writing
-        logits_TV = torch.as_tensor(logits)
+        logits_TV = logits_of(logits, key)
         columns, labels_T = self._columns(key, tokens, logits_TV, segment_ids)
         for name, values in (("loss_mask", loss_mask), ("byte_end", byte_end)):
             self._optional(columns, name, values, key, len(labels_T))
@@ -291,7 +299,10 @@ class PushWriter:
                 where=self._store.location,
                 hint="open another one; it continues the same store",
             )
-        return sample_key or f"push/{self._plan.number}/{self._added}"
+        if sample_key is None:
+            return f"push/{self._plan.number}/{self._added}"
+        check_key(sample_key)
+        return sample_key
 
     def _wrong_method(self, used: str, right: str) -> UsageError:
         return UsageError(
@@ -378,7 +389,7 @@ class PushWriter:
             self._check_labelled(key, tokens)
         labelled = tokens is not None
         tokens = tokens if labelled else 0
-        ids = np.atleast_1d(_integers(tokens, "tokens", key))
+        ids = np.atleast_1d(integers(tokens, "tokens", key))
         rows = logits.shape[0] if sequence and logits.ndim == 2 else 1
         if ids.ndim != 1 or len(ids) != rows or not len(ids) or logits.ndim != 1 + sequence:
             raise TargetsError(
@@ -411,8 +422,8 @@ class PushWriter:
             return ({"label": ids}, ids) if labelled else ({}, np.array([-1]))
         segments = np.zeros(len(ids), np.int64)
         if segment_ids is not None:
-            segments = _integers(segment_ids, "segment_ids", key)
-            _check_length("segment_ids", segments, key, len(ids))
+            segments = integers(segment_ids, "segment_ids", key)
+            check_length("segment_ids", segments, key, len(ids))
             if (np.diff(segments) < 0).any() or segments.min() < 0 or segments.max() > 65_535:
                 raise UsageError(
                     "bad-argument",
@@ -432,37 +443,9 @@ class PushWriter:
                 hint=f"decide it for all samples, in writer(...): {name}",
             )
         if values is not None:
-            array = _array(values)
-            _check_length(name, array, key, length)
+            array = booleans(values, key) if name == "loss_mask" else ascending(values, name, key)
+            check_length(name, array, key, length)
             columns[name] = array
-
-
-def _array(values: Any) -> np.ndarray[Any, Any]:
-    return values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-
-
-def _integers(values: Any, name: str, key: str) -> np.ndarray[Any, Any]:
-    array = _array(values)
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise UsageError(
-            "bad-argument",
-            f"{name} must be integers",
-            where=f"sample {key}",
-            got=array.dtype,
-            expected="an integer dtype",
-        )
-    return array.astype(np.int64)
-
-
-def _check_length(name: str, array: np.ndarray[Any, Any], key: str, length: int) -> None:
-    if array.shape != (length,):
-        raise TargetsError(
-            "wrong-length",
-            f"{name} has another length than tokens",
-            where=f"sample {key}",
-            got=array.shape,
-            expected=(length,),
-        )
 
 
 def _table_of(tokenizer: Any) -> TokenizerTable | None:

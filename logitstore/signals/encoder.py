@@ -1,8 +1,7 @@
 """From a block of logits to record columns, on the device the logits are on.
 
 Rows are worked on a few at a time: the float32 copy of a chunk stays in cache on a CPU, and no
-    second
-[P, V] array ever exists. Nothing loops over positions in Python.
+second [P, V] array ever exists. Nothing loops over positions in Python.
 
 Letters: P positions of the block, R rows of a chunk, V vocabulary, K kept ids, E ragged entries.
 """
@@ -130,6 +129,8 @@ class Encoder:
     # Bytes of float32 logits worked on at once. CPU: about the size of a core's share of cache.
     _CHUNK_BYTES: ClassVar[dict[str, int]] = {"cpu": 4 << 20}
     _CHUNK_BYTES_ACCELERATOR = 256 << 20
+    # A draw takes several numbers of 8 bytes on its way; so many floats weigh the same.
+    _FLOATS_PER_DRAW = 8
 
     def __init__(self, header: Header) -> None:
         cls = ENCODERS.get(header.signal.kind)
@@ -143,6 +144,8 @@ class Encoder:
         self.schema: Schema = header.schema_
         self._header = header
         self._signal = cls(header.signal, header)
+        # Draws of a position may outnumber its ids.
+        self._draws = getattr(header.signal, "rounds", 0)
         self._wanted = {c.name: np.dtype(c.dtype) for c in self.schema.columns}
         self._wanted.update(getattr(self._signal, "intermediate", {}))
         self._always: Tensor | None = (
@@ -183,7 +186,7 @@ class Encoder:
             )
         device = logits_PV.device
         budget = self._CHUNK_BYTES.get(device.type, self._CHUNK_BYTES_ACCELERATOR)
-        step = max(1, budget // (4 * width))
+        step = max(1, budget // (4 * max(width, self._draws * self._FLOATS_PER_DRAW)))
         chosen = None if curve is None else taken(keys_P.cpu().numpy(), positions_P.cpu().numpy())
         labels_P, keys_P, positions_P = (t.to(device) for t in (labels_P, keys_P, positions_P))
         parts: list[dict[str, Tensor]] = []

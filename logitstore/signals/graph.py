@@ -20,6 +20,7 @@ from torch import Tensor
 
 from logitstore.signals.encoder import Completion, Rows, register
 from logitstore.signals.selection import exact_topk
+from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import Header
 from logitstore.spec.signals import GRAPH_EDGES_PER_NODE, GraphSpec
 
@@ -58,7 +59,21 @@ class GraphEncoder:
         else:
             first = np.cumsum(columns["num_segments"]) - columns["num_segments"]
             columns.update(_vocab_form(values, ids, segment, first, num_segments, self._spec.k))
+        for name in ("row_sums", "coactivation", "node_sums", "edge_weights"):
+            _check_range(columns.get(name))
         return columns
+
+
+def _check_range(sums: NDArray[np.float64] | None) -> None:
+    """Sums of products of two logits must fit float32."""
+    largest = 0.0 if sums is None or not sums.size else float(np.abs(sums).max())
+    if largest > float(np.finfo(np.float32).max):
+        raise TeacherError(
+            "teacher-nonfinite",
+            "a sum of products of raw logits does not fit float32",
+            got=largest,
+            expected="logits below 1e18 in size",
+        )
 
 
 def _rank_form(

@@ -108,7 +108,11 @@ class ThresholdSpec(Strict):
             except (ValueError, ZeroDivisionError):
                 raise ValueError("tau must be a fraction such as 1/40") from None
             if not Fraction(1, MAX_IDS - 1) <= tau <= 1:
-                raise ValueError(f"tau must lie between 1/{MAX_IDS - 1} and 1")
+                raise ValueError(
+                    f"tau must lie between 1/{MAX_IDS - 1} and 1 (tau=1/{self.tau}?)"
+                    if tau.denominator == 1 and 1 < tau < MAX_IDS
+                    else f"tau must lie between 1/{MAX_IDS - 1} and 1"
+                )
         return self
 
     @property
@@ -166,43 +170,64 @@ _POSITIONAL = {
 }
 _INTEGERS = {"k", "rounds", "candidates"}
 _FLOATS = {"p", "power"}
-_EXAMPLES = "topk:64, sampled:50, threshold:tau=1/40, graph:k=10, dense"
+_EXAMPLES = {
+    "topk": "topk:64 or topk:64,p=0.98",
+    "sampled": "sampled:50",
+    "threshold": "threshold:tau=1/40 or threshold:k=12",
+    "graph": "graph:k=10 or graph:k=10,form=vocab",
+    "dense": "dense or dense:dtype=float32",
+    "scores": "scores:12",
+}
 
 
 def parse_signal(text: str) -> Any:
     """`kind[:value][,name=value...]` -> a spec.
 
-    Raises: UsageError unknown-signal, naming the nearest kind or parameter.
+    Raises: UsageError unknown-signal, naming the nearest kind or the parameters there are.
     """
+    if not isinstance(text, str):
+        raise UsageError(
+            "unknown-signal",
+            "a signal is text or a spec",
+            where="signal",
+            got=repr(text)[:80],
+            expected=f"for example {_EXAMPLES['topk']}",
+        )
     kind, _, rest = text.strip().partition(":")
     if kind not in _POSITIONAL:
-        near = difflib.get_close_matches(kind, _POSITIONAL, 1)
+        near = difflib.get_close_matches(kind.lower(), _POSITIONAL, 1)
         raise UsageError(
             "unknown-signal",
             "no such signal",
             where=f"signal {text!r}",
             got=kind,
-            expected=f"one of {', '.join(_POSITIONAL)} (for example {_EXAMPLES})",
-            hint=f"did you mean {near[0]!r}?" if near else None,
+            expected=f"one of {', '.join(_POSITIONAL)}",
+            hint=f"did you mean {_EXAMPLES[near[0]]}?" if near else None,
         )
     fields: dict[str, Any] = {"kind": kind}
-    for number, part in enumerate(filter(None, rest.split(","))):
+    for number, part in enumerate(rest.split(",") if rest else ()):
         name, equals, value = part.partition("=")
         name = name.strip()
         if not equals:
-            if number > 0:
-                raise _bad(text, f"{part!r} has no name", "name=value")
+            if number > 0 or not name:
+                raise _bad(text, kind, f"{part!r} is not name=value")
             name, value = _POSITIONAL[kind], name
-        fields[name] = _value(text, name, value.strip())
+        if name in fields:
+            raise _bad(text, kind, f"{name} is given twice")
+        fields[name] = _value(text, kind, name, value.strip())
     try:
         return _ADAPTER.validate_python(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(p) for p in first["loc"][1:]) or kind
-        raise _bad(text, f"{where}: {first['msg']}", f"for example {_EXAMPLES}") from None
+        where = ".".join(str(p) for p in first["loc"][1:])
+        if first["type"] == "extra_forbidden":
+            raise _bad(text, kind, f"{kind} has no parameter {where!r}") from None
+        said = {"missing": f"{where} is missing"}.get(first["type"])
+        said = said or f"{where}: {first['msg']}".removeprefix(": Value error, ")
+        raise _bad(text, kind, said) from None
 
 
-def _value(text: str, name: str, value: str) -> Any:
+def _value(text: str, kind: str, name: str, value: str) -> Any:
     try:
         if name in _INTEGERS:
             return int(value)
@@ -211,9 +236,15 @@ def _value(text: str, name: str, value: str) -> Any:
         if name == "tau":
             return str(Fraction(value))
     except (ValueError, ZeroDivisionError):
-        raise _bad(text, f"{name}={value!r} is not a number", f"for example {_EXAMPLES}") from None
+        wanted = "a whole number" if name in _INTEGERS else "a number"
+        raise _bad(text, kind, f"{name}={value!r} is not {wanted}") from None
     return value
 
 
-def _bad(text: str, what: str, expected: str) -> UsageError:
-    return UsageError("unknown-signal", what, where=f"signal {text!r}", expected=expected)
+def _bad(text: str, kind: str, what: str) -> UsageError:
+    return UsageError(
+        "unknown-signal",
+        what,
+        where=f"signal {text!r}",
+        expected=f"for example {_EXAMPLES[kind]}",
+    )
