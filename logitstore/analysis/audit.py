@@ -3,7 +3,8 @@
 Stored log-probs are compared with fresh ones, id by id. Sampled parts cannot be compared id by id,
 so their hit rates are: an id of probability p must be among N draws with probability 1 - (1 - p)^N,
 the most probable tail id of a threshold record with probability p / tau. The z-scores of those
-counts are standard normal for an honest store.
+counts are standard normal for an honest store. Always-ids are compared as stored log-probs; draws
+come from the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -36,6 +37,7 @@ from logitstore.targets import (
     from_records,
 )
 from logitstore.teachers import (
+    DTYPES,
     Classifier,
     Teacher,
     TeacherOptions,
@@ -43,10 +45,17 @@ from logitstore.teachers import (
     load_teacher,
 )
 
-__all__ = ["Audit", "Difference", "HitRate", "audit"]
+__all__ = ["TOLERANCE", "Audit", "Difference", "HitRate", "audit"]
 
 # Samples compared unless told otherwise; examples of one forward pass.
 _SEQUENCES, _EXAMPLES = 8, 256
+
+# Mean |stored - fresh| that an honest store keeps below, nats. Another dtype of the forward pass
+# stays below half of it, records in steps below a third; another teacher is far beyond.
+TOLERANCE = 0.1
+
+# An honest store's z-score exceeds this once in 16,000 tests.
+_SUSPICIOUS_Z = 4.0
 
 
 @dataclass
@@ -107,8 +116,11 @@ class Audit:
     Attributes:
         samples, positions: compared.
         logprobs: of the ids the record holds exactly.
-        aux: field -> difference (entropy, label_logprob, lse, log_tail).
+        aux: field -> difference, of every stored field that follows from fresh logits.
         hit_rates: test -> hit rate, for sampled parts.
+        same_weights: whether the teacher's fingerprint is the one the store recorded; None where
+            either has none.
+        tolerance: see `audit`.
     """
 
     samples: int = 0
@@ -116,6 +128,28 @@ class Audit:
     logprobs: Difference = field(default_factory=Difference)
     aux: dict[str, Difference] = field(default_factory=dict)
     hit_rates: dict[str, HitRate] = field(default_factory=dict)
+    same_weights: bool | None = None
+    tolerance: float = TOLERANCE
+
+    @property
+    def doubts(self) -> list[str]:
+        """What an honest store of this teacher would not show, in words; empty when all is well."""
+        compared = {"log-probs": self.logprobs, **self.aux}
+        found = [
+            f"{name}: {d.mean:.3g} nats off on average, where {self.tolerance:g} may be"
+            for name, d in compared.items()
+            if not d.mean <= self.tolerance
+        ]
+        return found + [
+            f"{name}: drawn {h.hits} times where {h.expected:.1f} are expected (z = {h.z:+.1f})"
+            for name, h in self.hit_rates.items()
+            if not abs(h.z) <= _SUSPICIOUS_Z
+        ]
+
+    @property
+    def ok(self) -> bool:
+        """True when there are no `doubts`."""
+        return not self.doubts
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -132,6 +166,10 @@ class Audit:
                 name: {"hits": h.hits, "expected": h.expected, "z": h.z}
                 for name, h in self.hit_rates.items()
             },
+            "same_weights": self.same_weights,
+            "tolerance": self.tolerance,
+            "doubts": self.doubts,
+            "ok": self.ok,
         }
 
 
@@ -144,6 +182,7 @@ def audit(
     chosen: Sequence[int] = (),
     corpus: Sequence[str] = (),
     options: TeacherOptions | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Audit:
     """Run `teacher` over `samples` samples of a store, drawn by `seed`, and compare.
 
@@ -152,7 +191,10 @@ def audit(
         samples: None: 8 sequences, or 256 samples of a classifier.
         chosen: numbers of the samples that are meant, in place of random ones.
         corpus: files or patterns that a classification store was captured from: it keeps no inputs.
-        options: how to run a teacher given by name.
+        options: how to run a teacher given by name; with dtype "auto", in the dtype that the store
+            recorded.
+        tolerance: largest mean |stored - fresh| of log-probs and fields, nats, that raises no
+            doubts.
 
     Raises: UsageError bad-argument for a signal that is no distribution over the vocabulary, and
     for a classification store without its corpus; AlignmentError tokenizer-mismatch; CorpusError
@@ -172,8 +214,7 @@ def audit(
         sequences = header.sample_kind == "sequence"
         if isinstance(teacher, str):
             load = load_teacher if sequences else load_classifier
-            threads = header.teacher.threads_per_worker or 1
-            teacher = load(teacher, options or TeacherOptions(threads=threads))
+            teacher = load(teacher, _as_captured(header, options))
         count = len(set(chosen)) or min(
             samples or (_SEQUENCES if sequences else _EXAMPLES), len(opened)
         )
@@ -181,7 +222,9 @@ def audit(
         numbers = sorted(set(chosen) or order[:count].tolist())
         records = [opened.sample(number) for number in numbers]
         _check_vocabulary(opened, teacher.vocab_size)
-        found = Audit()
+        found = Audit(tolerance=tolerance)
+        recorded, given = header.teacher.fingerprint, teacher.describe().fingerprint
+        found.same_weights = recorded == given if recorded and given else None
         if sequences:
             model = cast(Teacher, teacher)
             _check_tokenizer(opened, model)
@@ -200,6 +243,15 @@ def audit(
     finally:
         if opened is not store:
             opened.close()
+
+
+def _as_captured(header: Header, options: TeacherOptions | None) -> TeacherOptions:
+    """How to run the teacher again: what is left open, as it was run for the store."""
+    options = options or TeacherOptions(threads=header.teacher.threads_per_worker or 1)
+    recorded = header.teacher.compute_dtype
+    if options.dtype == "auto" and recorded in DTYPES:
+        options = replace(options, dtype=recorded)
+    return options
 
 
 def _check_vocabulary(store: Store, vocab_size: int) -> None:
@@ -267,14 +319,23 @@ def _compare_aux(
     labels_R: Tensor,
     found: Audit,
 ) -> None:
-    fresh = {"lse": torch.logsumexp(logits_RV, -1)}
-    fresh["entropy"] = torch.special.entr(logp_RV.exp()).sum(-1)
     label_logp = logp_RV.gather(-1, labels_R.clamp_min(0)[:, None])[:, 0]
-    fresh["label_logprob"] = torch.where(labels_R >= 0, label_logp, 0.0)
+    fresh = {
+        "label_logprob": torch.where(labels_R >= 0, label_logp, 0.0),
+        "entropy": torch.special.entr(logp_RV.exp()).sum(-1),
+        "top1_logprob": logp_RV.amax(-1),
+        "lse": torch.logsumexp(logits_RV, -1),
+        "logit_mean": logits_RV.mean(-1),
+    }
+    if targets.always_ids is not None:
+        fresh["always_logprobs"] = logp_RV[:, targets.always_ids]
     for name, values in fresh.items():
         stored = getattr(targets, name)
         if stored is not None:
             found.aux.setdefault(name, Difference()).add(stored[rows], values)
+    for temperature, stored in targets.lse_at.items():
+        values = torch.logsumexp(logits_RV / temperature, -1)
+        found.aux.setdefault(f"lse_at {temperature:g}", Difference()).add(stored[rows], values)
     if isinstance(targets, TopKTargets) and targets.log_tail is not None:
         ids = targets.ids[rows]
         kept = torch.zeros_like(logp_RV, dtype=torch.bool).scatter_(-1, ids.clamp_min(0), True)
@@ -298,25 +359,33 @@ def _compare_signal(
         row, ids = position[inside] - rows.start, targets.ids[inside]
         drawn = torch.zeros_like(logp_RV, dtype=torch.bool)
         drawn[row, ids] = True
+        free_RV = logp_RV
+        if targets.always_ids is not None:
+            free_RV = logp_RV.index_fill(-1, targets.always_ids, -torch.inf)
         if isinstance(targets, SampledTargets):
-            _sampled_hits(targets, drawn, logp_RV, labels_R, found)
+            _sampled_hits(targets, drawn, free_RV, labels_R, found)
         else:
             head = targets.head_mask()[inside]
             weights = targets.weights[inside]
             found.logprobs.add(weights[head].log(), logp_RV[row[head], ids[head]])
             exact = torch.zeros_like(drawn)
             exact[row[head], ids[head]] = True
-            _tail_hits(targets, rows, drawn, exact, logp_RV, found)
+            _tail_hits(targets, rows, drawn, exact, free_RV, found)
 
 
 def _sampled_hits(
-    targets: SampledTargets, drawn: Tensor, logp_RV: Tensor, labels_R: Tensor, found: Audit
+    targets: SampledTargets, drawn: Tensor, free_RV: Tensor, labels_R: Tensor, found: Audit
 ) -> None:
-    """The realised token, and the most probable one: drawn as often as 1 - (1 - p)^N says."""
-    proposal = torch.log_softmax(logp_RV * targets.power, -1)
-    top = logp_RV.argmax(-1)
+    """The realised token, and the most probable one: drawn as often as 1 - (1 - p)^N says.
+
+    `free_RV`: log-probs, -inf for ids that are never drawn.
+    """
+    proposal = torch.log_softmax(free_RV * targets.power, -1)
+    top = free_RV.argmax(-1)
     for name, ids in (("label", labels_R), ("top-1", top)):
-        rows = (ids >= 0).nonzero()[:, 0]
+        # A label may be an always-id, and a row's mass may lie on always-ids alone.
+        possible = free_RV.gather(-1, ids.clamp_min(0)[:, None])[:, 0] > -torch.inf
+        rows = ((ids >= 0) & possible).nonzero()[:, 0]
         p = proposal[rows, ids[rows]].double().exp()
         chance = -torch.expm1(targets.rounds * torch.log1p(-p.clamp_max(1 - 1e-12)))
         found.hit_rates.setdefault(name, HitRate()).add(drawn[rows, ids[rows]], chance)
@@ -327,15 +396,18 @@ def _tail_hits(
     rows: slice,
     drawn: Tensor,
     exact: Tensor,
-    logp_RV: Tensor,
+    free_RV: Tensor,
     found: Audit,
 ) -> None:
-    """The most probable id outside the head: stored with probability p / tau."""
+    """The most probable id outside the head: stored with probability p / tau.
+
+    `free_RV`: log-probs, -inf for ids that are never drawn.
+    """
     num_tails = (targets.num_ids - targets.num_heads)[rows]
-    probe = logp_RV.masked_fill(exact, -torch.inf).argmax(-1)
+    probe = free_RV.masked_fill(exact, -torch.inf).argmax(-1)
     sampled = num_tails > 0
     index = sampled.nonzero()[:, 0]
-    p = logp_RV[index, probe[index]].double().exp()
+    p = free_RV[index, probe[index]].double().exp()
     tau = targets.log_tail[rows][index].double().exp() / num_tails[index]
     chance = (p / tau).clamp(0, 1)
     hit = drawn[index, probe[index]]

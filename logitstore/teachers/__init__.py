@@ -1,6 +1,7 @@
 """Teachers: samples to blocks of raw logits."""
 
 from logitstore.teachers.base import (
+    DTYPES,
     Classifier,
     Teacher,
     TeacherOptions,
@@ -8,4 +9,4 @@ from logitstore.teachers.base import (
     load_teacher,
 )
 
-__all__ = ["Classifier", "Teacher", "TeacherOptions", "load_classifier", "load_teacher"]
+__all__ = ["DTYPES", "Classifier", "Teacher", "TeacherOptions", "load_classifier", "load_teacher"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 from logitstore.analysis.audit import audit
 from logitstore.capture import CaptureSettings, precompute
 from logitstore.spec.errors import AlignmentError
-from logitstore_cli.main import cli
+from logitstore.teachers import TeacherOptions
+from logitstore_cli.main import cli, run
 from tests.capture_teachers import Bigram
 
 TEACHER = "py:tests.capture_teachers:Bigram"
@@ -26,18 +28,17 @@ class Other(Bigram):
         self.table = self.table.roll(1, 0)
 
 
-def store_of(tmp_path: Path, signal: str) -> str:
+def store_of(tmp_path: Path, signal: str, **options: Any) -> str:
     corpus = tmp_path / "text.txt"
     corpus.write_text(TEXT * 12)
     out = str(tmp_path / "store")
     precompute(
         CaptureSettings(
-            teacher=TEACHER,
             corpus=(str(corpus),),
             out=out,
             signal=signal,
             seq_len=64,
-            aux=("entropy", "label_logprob", "lse"),
+            **{"teacher": TEACHER, "aux": ("entropy", "label_logprob", "lse"), **options},
         )
     )
     return out
@@ -63,6 +64,44 @@ def test_sampled_ids_are_hit_as_often_as_they_should(tmp_path: Path, signal: str
     assert all(h.expected > 20 for h in honest.hit_rates.values())
     lying = audit(store, "py:tests.analysis.test_audit:Other", samples=100)
     assert any(abs(h.z) > 6 for h in lying.hit_rates.values()), lying.hit_rates
+
+
+@pytest.mark.parametrize("signal", ["sampled:12,power=0.8", "threshold:tau=1/12"])
+def test_draws_from_the_rest_are_honest_beside_always_ids(tmp_path: Path, signal: str) -> None:
+    """Always-ids that are labels and most probable ids: never drawn, and no doubt about that."""
+    common = tuple(sorted({ord(c) for c in " eta"}))
+    likely = Bigram().table.argmax(-1).unique()[:120].tolist()
+    aux = ("top1_logprob", "logit_mean", "entropy")
+    options = {"always_ids": (*common, *(i for i in likely if i not in common)), "lse_at": (2.0,)}
+    found = audit(store_of(tmp_path, signal, aux=aux, **options), TEACHER, samples=100)
+    assert found.ok, found.doubts
+    assert found.same_weights
+    assert set(found.aux) == {*aux, "label_logprob", "always_logprobs", "lse_at 2"}
+    assert sum(h.expected for h in found.hit_rates.values()) > 20
+
+
+def test_a_wrong_teacher_ends_with_an_exit_code(tmp_path: Path, capsys) -> None:
+    store = store_of(tmp_path, "topk:16")
+    words = ["audit", store, "--samples", "2", "--teacher", "py:tests.analysis.test_audit:Other"]
+    assert run(words) == 4
+    told = capsys.readouterr()
+    assert "log-probs: " in told.out
+    assert "does not give what the store holds" in told.out
+    assert "not the weights" in told.err
+    assert run([*words, "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["same_weights"]) == (False, False)
+    assert len(found["doubts"]) >= 3
+    assert run([*words, "--tolerance", "1000"]) == 0
+
+
+def test_a_store_in_half_precision_is_audited_in_it(tmp_path: Path, tiny_lm_dir: Path) -> None:
+    teacher = f"hf:{tiny_lm_dir}"
+    store = store_of(tmp_path, "topk:16", teacher=teacher, dtype="bfloat16", check_bos=False)
+    again = audit(store, teacher, samples=2)
+    other = audit(store, teacher, samples=2, options=TeacherOptions(dtype="float32"))
+    assert again.logprobs.mean < 2e-3 < other.logprobs.mean
+    assert other.ok, other.doubts
 
 
 def test_another_teacher_is_seen_in_every_number(tmp_path: Path) -> None:

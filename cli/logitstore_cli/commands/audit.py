@@ -7,8 +7,7 @@ import click
 from logitstore_cli import command as form
 from logitstore_cli.output import Output, pass_output
 
-# An honest store exceeds this once in 16,000 tests.
-_SUSPICIOUS_Z = 4.0
+FAILED = 4
 
 
 @form.command(
@@ -36,8 +35,15 @@ _SUSPICIOUS_Z = 4.0
     help="This one, as the viewer counts, in place of random ones; can be repeated.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Which samples.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="Mean difference that passes, nats.",
+)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--dtype", default="auto", show_default=True)
+@click.option("--dtype", default="auto", show_default=True, help="auto: as at the capture.")
 @form.json_option
 @pass_output
 def command(
@@ -48,14 +54,15 @@ def command(
     samples: int | None,
     chosen: tuple[int, ...],
     seed: int,
+    tolerance: float,
     device: str,
     dtype: str,
     as_json: bool,
-) -> None:
+) -> int:
     """Run TEACHER over random samples of STORE and report how far its record is from a fresh run.
 
     Exactly stored log-probs are compared one by one; sampled ids by their hit rates, whose z-score
-    is standard normal for an honest store.
+    is standard normal for an honest store. Exit code 4 when either speaks against it.
     """
     from logitstore.analysis.audit import audit
     from logitstore.teachers import TeacherOptions
@@ -68,10 +75,13 @@ def command(
         corpus=corpus,
         seed=seed,
         options=TeacherOptions(dtype=dtype, device=device),
+        tolerance=tolerance,
     )
+    if found.same_weights is False:
+        out.warn("these are not the weights that the store recorded")
     if as_json:
         out.json("audit", found.as_dict())
-        return
+        return 0 if found.ok else FAILED
     out.data(f"{found.samples} samples, {found.positions:,} positions run again")
     rows = []
     if found.logprobs.count:
@@ -89,6 +99,7 @@ def command(
                 for name, h in found.hit_rates.items()
             ],
         )
-    for name, h in found.hit_rates.items():
-        if abs(h.z) > _SUSPICIOUS_Z:
-            out.warn(f"{name}: drawn {h.hits} times where {h.expected:.1f} are expected")
+    for doubt in found.doubts:
+        out.data(out.printable(doubt))
+    out.data("no doubts" if found.ok else "this teacher does not give what the store holds")
+    return 0 if found.ok else FAILED
