@@ -17,7 +17,7 @@ from logitstore.record import Record
 from logitstore.record.sequences import IGNORE, labels
 from logitstore.record.threshold import ThresholdEntries, decode_threshold
 from logitstore.spec.header import Header
-from logitstore.spec.signals import EMPTY_SLOT, SampledSpec
+from logitstore.spec.signals import EMPTY_SLOT, SampledSpec, ThresholdSpec
 
 __all__ = ["EXPLAINED", "Entries", "SampleEntries", "log_softmax"]
 
@@ -151,18 +151,22 @@ class SampleEntries:
         order = np.concatenate(
             [np.argsort(-values[:heads], kind="stable"), np.arange(heads, len(ids))]
         )
-        # A label alone says nothing about its rank: it is kept however improbable it is.
+        # A label alone says nothing about its rank: it is kept however improbable it is. Whatever
+        # reaches tau is among the heads, so that all of these stand at their rank.
+        assert isinstance(self.header.signal, ThresholdSpec)
+        tau = self.header.signal.tau_value
+        reach = 0 if tau is None else int((values[:heads] >= tau).sum())
         stored_heads = int(self.record["num_heads"][p])
         ids = ids[order.astype(np.int64)]
         return {
             "ids": ids,
             "values": values[order.astype(np.int64)],
             "exact": exact,
-            "ranked": stored_heads,
+            "ranked": max(stored_heads, reach),
             "num_heads": heads,
             "outside": float(entries.tail_mass[p]),
             "outside_kind": "exact",
-            "top1": int(ids[0]) if stored_heads else None,
+            "top1": int(ids[0]) if max(stored_heads, reach) else None,
         }
 
     def _dense(self, p: int) -> dict[str, Any]:

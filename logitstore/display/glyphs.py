@@ -17,8 +17,10 @@ __all__ = [
     "MAX_SHOWN",
     "Glyphs",
     "class_glyphs",
+    "class_names",
     "header_glyphs",
     "number_glyphs",
+    "readable",
     "token_glyphs",
     "visible",
 ]
@@ -30,6 +32,9 @@ _PICTURES = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡"}
 # Categories without a shape of their own: controls, format and direction marks, surrogates, private
 # use, unassigned, separators.
 _SHAPELESS = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
+
+# Marks upon one letter that are drawn; more would reach into the lines above and below.
+_MOST_MARKS = 4
 
 
 class Glyphs(NamedTuple):
@@ -59,6 +64,12 @@ def visible(data: bytes, limit: int = MAX_SHOWN) -> str:
     return "".join(shown[:limit]) + f"…({len(data):,} bytes)"
 
 
+def readable(text: str, limit: int = 160) -> str:
+    """A name with a glyph for everything but spaces; past `limit` characters, their number."""
+    shown = "".join(_shown(text[:limit], spaces=True))
+    return shown if len(text) <= limit else f"{shown}…({len(text):,} characters)"
+
+
 def token_glyphs(table: TokenizerTable) -> Callable[[int], Glyphs]:
     """id -> glyphs, by a store's own table."""
 
@@ -82,10 +93,18 @@ def header_glyphs(header: Header, table: TokenizerTable | None) -> Callable[[int
     """id -> glyphs, for a store: by its tokenizer's table, its classes, or as numbers."""
     if table is not None:
         return token_glyphs(table)
-    names = header.configuration.get("classes")
-    if isinstance(names, list) and names:
-        return class_glyphs([str(name) for name in names])
-    return number_glyphs
+    names = class_names(header)
+    return class_glyphs(names) if names else number_glyphs
+
+
+def class_names(header: Header) -> list[str]:
+    """Names of a store's classes, none where it has none: a teacher's, or what a push gave."""
+    given = header.configuration.get("given")
+    for place in (header.configuration, given if isinstance(given, dict) else {}):
+        names = place.get("classes")
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+    return []
 
 
 def number_glyphs(token: int) -> Glyphs:
@@ -99,7 +118,7 @@ def class_glyphs(names: list[str]) -> Callable[[int], Glyphs]:
     def glyphs(number: int) -> Glyphs:
         if not 0 <= number < len(names):
             return number_glyphs(number)
-        return Glyphs(visible(names[number].encode()).replace("·", " "), "text")
+        return Glyphs(readable(names[number], MAX_SHOWN) or "∅", "text")
 
     return glyphs
 
@@ -112,19 +131,34 @@ def _pieces(data: bytes) -> Iterator[str]:
         except UnicodeDecodeError as error:
             text = data[: error.start].decode()
             broken, data = data[error.start : error.end], data[error.end :]
-        yield from map(_character, text)
+        yield from _shown(text)
         if broken:
             yield f"‹{broken.hex(' ').upper()}›"
 
 
-def _character(character: str) -> str:
+def _shown(text: str, *, spaces: bool = False) -> Iterator[str]:
+    """One string per character; `spaces`: these stay as they are."""
+    marks, based = 0, False
+    for character in text:
+        category = unicodedata.category(character)
+        if category.startswith("M"):
+            marks += 1
+            if marks > _MOST_MARKS:
+                yield f"‹U+{ord(character):04X}›"
+            else:
+                # A mark without its letter would sit on whatever is shown before it.
+                yield character if based else "◌" + character
+            based = True
+            continue
+        glyph = character if spaces and character == " " else _glyph(character, category)
+        marks, based = 0, glyph == character != " "
+        yield glyph
+
+
+def _glyph(character: str, category: str) -> str:
     picture = _PICTURES.get(character)
     if picture is not None:
         return picture
     if character < " ":
         return chr(0x2400 + ord(character))
-    category = unicodedata.category(character)
-    if category in _SHAPELESS:
-        return f"‹U+{ord(character):04X}›"
-    # A mark without its letter would sit on whatever is shown before it.
-    return "◌" + character if category.startswith("M") else character
+    return f"‹U+{ord(character):04X}›" if category in _SHAPELESS else character

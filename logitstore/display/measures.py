@@ -131,7 +131,8 @@ def _entropy(record: Record, entries: SampleEntries, dense: Values | None) -> Fo
     if "entropy" in record:
         return "stored", "computed over the whole vocabulary at capture", record["entropy"]
     if dense is not None:
-        terms = np.where(np.isfinite(dense), np.exp(dense) * dense, 0.0)
+        # An id that cannot occur adds nothing.
+        terms = np.exp(dense) * np.where(np.isfinite(dense), dense, 0.0)
         return "derived", "from the stored logits", -terms.sum(-1)
     return _NONE
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
+import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,3 +119,16 @@ def test_classes_have_their_names_and_the_label_is_marked(client):
     assert kept["label"]["text"] == "right"
     assert [entry["text"] for entry in kept["entries"] if entry["label"]] == ["right"]
     assert "<i>left" not in client.get("/stores/colours/samples/4").text
+
+
+def test_the_audit_that_a_page_names_runs_and_finds_the_record_true(client, folder, capsys):
+    told = client.get("/stores/colours/samples/5.json").json()["copy"]["audit"]
+    assert html.escape(told, quote=False) in client.get("/stores/colours/samples/5").text
+    words = shlex.split(told)
+    assert words[:3] == ["logitstore", "audit", str(folder / "colours")]
+    # Files of a corpus are named as the plan does, without the folder that they share.
+    words[words.index("--corpus") + 1] = str(folder / words[words.index("--corpus") + 1])
+    assert run([*words[1:], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["logprobs"]["count"]) == (1, 3)
+    assert found["logprobs"]["max"] < 0.01

@@ -379,8 +379,37 @@ def test_find_sorts_and_filters_by_measure_and_tells_its_cap(client, stores, mon
     assert [r["value"] for r in wrong] == sorted(r["value"] for r in wrong)
     monkeypatch.setattr(find_module, "MAX_CHUNKS", 1)
     capped = client.get("/stores/topk/find.json?measure=entropy").json()
-    assert (capped["partial"], capped["chunks_looked_at"], capped["next_skip"]) == (True, 1, 1)
+    assert (capped["partial"], capped["chunks_looked_at"], capped["next"]) == (
+        *(True, 1),
+        {"shards_from": 0, "skip": 1},
+    )
     assert "Look at the next chunks" in client.get("/stores/topk/find?measure=entropy").text
+
+
+def test_a_search_among_many_shards_goes_on_until_all_were_searched(client, stores, monkeypatch):
+    monkeypatch.setattr(find_module, "MAX_SHARDS", 1)
+    monkeypatch.setattr(find_module, "MAX_CHUNKS", 1)
+    monkeypatch.setattr(
+        store.Store,
+        "commit",
+        lambda self, shard, real=store.Store.commit: read.add(shard) or real(self, shard),
+    )
+    found: list[int] = []
+    asked: dict[str, int] = {}
+    for _ in range(20):
+        read: set[int] = set()
+        told = client.get("/stores/topk/find.json", params={"order": "sure", **asked}).json()
+        assert len(read) == 1
+        found += [r["sample"] for r in told["results"]]
+        if told["next"] is None:
+            break
+        asked = told["next"]
+        assert told["partial"]
+    assert sorted(found) == [*range(len(stores["topk"]))]
+    assert (
+        f"of 1 of {len(stores['topk'].shards)} shards"
+        in client.get("/stores/topk/find?order=sure").text
+    )
 
 
 def _log_softmax(z: np.ndarray) -> np.ndarray:
@@ -468,6 +497,8 @@ def test_classification_samples_show_class_names(tmp_path):
         told = client.get("/stores/st/samples/0/kept.json").json()["positions"][0]
         assert [e["id"] for e in told["entries"]] == [1, 2, 0]
         assert told["label"]["id"] == 2
+        assert [e["text"] for e in told["entries"]] == ["<b>dog</b>", "owl", "cat"]
+        assert [r["hit"] for r in client.get("/stores/st/find.json").json()["results"]] == ["owl"]
         assert client.get("/stores/st/samples/0").status_code == 200
         assert client.get("/stores/st/overview").status_code == 200
 
@@ -497,6 +528,8 @@ def test_vendored_files_are_those_of_the_manifest():
         (b"a\xffb", "a‹FF›b"),
         ("\u202e\u200b\u00a0".encode(), "‹U+202E›‹U+200B›‹U+00A0›"),
         ("\u0301".encode(), "◌\u0301"),
+        ("हिन्दी".encode(), "हिन्दी"),
+        (("Z" + "\u0301" * 6).encode(), "Z" + "\u0301" * 4 + "‹U+0301›" * 2),
         ("שלום €".encode(), "שלום·€"),
     ],
 )

@@ -11,10 +11,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from logitstore import store
 from logitstore_cli.commands import view
 from logitstore_cli.main import run
+from logitstore_server.viewer import viewer_app
 from tests import store_push
 from tests.viewer.viewed import push
 
@@ -58,6 +60,21 @@ def test_stores_of_one_name_get_numbers(tmp_path: Path) -> None:
         push(tmp_path / parent / "st", "topk:4")
     opened = view.OpenedStores((str(tmp_path / "a" / "st"), f"{tmp_path}/b/st/"))
     assert list(opened) == ["st", "st-2"]
+    opened.close()
+
+
+def test_names_are_such_that_a_browser_finds_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Bytes that are no UTF-8 reach Python as lone surrogates.
+    for name in ("inside", "bad\udcff"):
+        push(tmp_path / name, "topk:4")
+    monkeypatch.chdir(tmp_path / "inside")
+    opened = view.OpenedStores((".", "../inside/", str(tmp_path / "bad\udcff")))
+    assert list(opened) == ["inside", "inside-2", "bad?"]
+    client = TestClient(viewer_app(opened))
+    for path in ("/", "/stores.json", "/stores/bad%3F/overview", "/stores/bad%3F/samples/0.json"):
+        assert client.get(path).status_code == 200, path
     opened.close()
 
 

@@ -176,7 +176,12 @@ class OpenedStores(Mapping[str, "Store"]):
 
 def _name(location: str, taken: Mapping[str, object]) -> str:
     """The last part of a location, with a number when it is taken."""
-    base = location.rstrip("/").rpartition("/")[2] or "store"
+    base = location.rstrip("/").rpartition("/")[2]
+    if base in ("", ".", ".."):
+        # Browsers take these out of addresses.
+        base = Path(location).resolve().name or "store"
+    # Nor can an address hold bytes of a folder's name that are no UTF-8.
+    base = base.encode("utf-8", "replace").decode()
     name, number = base, 2
     while name in taken:
         name, number = f"{base}-{number}", number + 1

@@ -1,7 +1,7 @@
 """Search in one store: by sample key, text or token id, and by measures; always bounded.
 
-Shards are visited best first, by the statistics in their commits; decoded are at most `MAX_CHUNKS`
-chunks a search. What was not looked at is said.
+A search is among at most `MAX_SHARDS` shards, best first by the statistics in their commits, and
+decodes at most `MAX_CHUNKS` chunks of them. What was not looked at is said, and where to go on.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitstore.display.entries import SampleEntries
-from logitstore.display.glyphs import visible
+from logitstore.display.glyphs import readable, visible
 from logitstore.display.measures import MEASURES, measure_sample
 from logitstore.record import Record
+from logitstore.record.sequences import IGNORE, labels
 from logitstore.spec.errors import LogitstoreError, UsageError
 from logitstore_server.viewer.sample_page import number
 from logitstore_server.viewer.viewed_store import ViewedStore
 
-__all__ = ["MAX_CHUNKS", "MAX_RESULTS", "find"]
+__all__ = ["MAX_CHUNKS", "MAX_RESULTS", "MAX_SHARDS", "find"]
 
 MAX_CHUNKS = 64
+# Commits that one search may have to read, a millisecond each.
+MAX_SHARDS = 512
 MAX_RESULTS = 100
 _LARGEST = 1 << 53
 # Bytes of text shown before and after a hit.
@@ -46,6 +49,7 @@ class _Query:
     least: float | None
     greatest: float | None
     order: str
+    shards_from: int
     skip: int
 
 
@@ -54,13 +58,16 @@ def find(viewed: ViewedStore, query: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         query: `key` (part of a sample's key), `text`, `token` (an id), `measure`, `least` and
-            `greatest` (of the measure), `order` (unsure, sure or corpus), `skip` (chunks already
-            looked at).
+            `greatest` (of the measure), `order` (unsure, sure or corpus), `shards_from` (shards
+            already searched), `skip` (chunks of the next ones already looked at).
 
     Raises: UsageError bad-argument.
     """
     asked = _parse(query)
-    everything = list(_chunks_in_order(viewed, asked))
+    shards = _shards_in_order(viewed, asked)
+    everything = list(_chunks_in_order(viewed, shards))
+    num_shards = len(viewed.store.shards)
+    images = viewed.header.images
     body: dict[str, Any] = {
         "store": viewed.name,
         "query": {
@@ -73,9 +80,15 @@ def find(viewed: ViewedStore, query: Mapping[str, str]) -> dict[str, Any]:
             "order": asked.order,
         },
         "measures": [[scale.name, scale.title] for scale in MEASURES.values()],
+        "digits": MEASURES[asked.measure].digits,
+        "sample_kind": viewed.header.sample_kind,
+        "pictures": images is not None and images.thumbnail_factor is not None,
         "has_text": viewed.table_problem is None and viewed.table is not None,
         "unit": "positions" if asked.text or asked.token is not None else "samples",
         "num_chunks": len(everything),
+        "num_shards": num_shards,
+        "shards_from": asked.shards_from,
+        "shards_searched": len(shards),
     }
     results: list[dict[str, Any]] = []
     problems: list[dict[str, Any]] = []
@@ -94,15 +107,20 @@ def find(viewed: ViewedStore, query: Mapping[str, str]) -> dict[str, Any]:
         sign = 1 if (asked.order == "unsure") == MEASURES[asked.measure].rising else -1
         results.sort(key=lambda r: math.inf if r["value"] is None else -sign * r["value"])
     end = asked.skip + looked
+    going_on = None
+    if end < len(everything):
+        going_on = {"shards_from": asked.shards_from, "skip": end}
+    elif asked.shards_from + len(shards) < num_shards:
+        going_on = {"shards_from": asked.shards_from + len(shards), "skip": 0}
     return {
         **body,
         "results": results[:MAX_RESULTS],
         "num_results": len(results),
         "chunks_from": asked.skip,
         "chunks_looked_at": looked,
-        "next_skip": end if end < len(everything) else None,
+        "next": going_on,
         "truncated": len(results) > MAX_RESULTS,
-        "partial": looked < len(everything) or bool(problems),
+        "partial": looked < len(everything) or len(shards) < num_shards or bool(problems),
         "problems": problems,
     }
 
@@ -117,7 +135,6 @@ def _parse(query: Mapping[str, str]) -> _Query:
     if order not in ORDERS:
         raise UsageError("bad-argument", "no such order", where="order", expected=", ".join(ORDERS))
     token = _number(query, "token", int)
-    skip = _number(query, "skip", int)
     return _Query(
         key=query.get("key", ""),
         text=query.get("text", "").encode(),
@@ -126,7 +143,8 @@ def _parse(query: Mapping[str, str]) -> _Query:
         least=_number(query, "least", float),
         greatest=_number(query, "greatest", float),
         order=order,
-        skip=max(0, int(skip or 0)),
+        shards_from=max(0, int(_number(query, "shards_from", int) or 0)),
+        skip=max(0, int(_number(query, "skip", int) or 0)),
     )
 
 
@@ -144,18 +162,27 @@ def _number(query: Mapping[str, str], name: str, kind: Callable[[str], float]) -
     return value
 
 
-def _chunks_in_order(viewed: ViewedStore, asked: _Query) -> Iterator[tuple[int, int, int]]:
-    """(shard, chunk, number of its first sample), the most promising shards first."""
-    store = viewed.store
-    order = list(range(len(store.shards)))
-    means = {shard: _shard_mean(viewed, shard, asked.measure) for shard in order}
+def _shards_in_order(viewed: ViewedStore, asked: _Query) -> list[int]:
+    """The shards of this search, the most promising first. Those that a plan gives the key's
+    document to come before all others; the others are searched as the corpus has them, `MAX_SHARDS`
+    at a time."""
+    shards = viewed.store.shards
+    holding = _shards_of_key(viewed, asked.key)
+    order = sorted(range(len(shards)), key=lambda shard: shards[shard].shard not in holding)
+    order = order[asked.shards_from :][:MAX_SHARDS]
     if asked.order != "corpus":
         sign = 1.0 if (asked.order == "unsure") == MEASURES[asked.measure].rising else -1.0
+        means = {shard: _shard_mean(viewed, shard, asked.measure) for shard in order}
         order.sort(key=lambda shard: -sign * means[shard])
-    holding = _shards_of_key(viewed, asked.key)
-    order.sort(key=lambda shard: store.shards[shard].shard not in holding)
+        order.sort(key=lambda shard: shards[shard].shard not in holding)
+    return order
+
+
+def _chunks_in_order(viewed: ViewedStore, shards: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(shard, chunk, number of its first sample)."""
+    store = viewed.store
     starts = np.concatenate([[0], np.cumsum([view.samples for view in store.shards])])
-    for shard in order:
+    for shard in shards:
         first = int(starts[shard])
         try:
             chunks = store.commit(shard).chunks
@@ -203,19 +230,21 @@ def _matches(
     if asked.key and asked.key not in key:
         return
     values = measure_sample(SampleEntries(record, viewed.header))[asked.measure].values
-    result = {"sample": sample, "sample_key": visible(key.encode(), 120).replace("·", " ")}
+    result = {"sample": sample, "sample_key": readable(key)}
     if not asked.text and asked.token is None:
         mean = None
         if values is not None and np.isfinite(values).any():
             mean = number(values[np.isfinite(values)].mean())
-        start = b"".join(_bytes(viewed, record)[:24])
+        start = visible(b"".join(_bytes(viewed, record)[:24]), 2 * _AROUND)
+        if "tokens" not in record and len(known := labels(record)) and known[0] != IGNORE:
+            start = viewed.glyphs(int(known[0])).text
         yield {
             **result,
             "position": None,
             "value": mean,
             "positions": record.num_positions,
             "before": "",
-            "hit": visible(start, 2 * _AROUND),
+            "hit": start,
             "after": "",
         }
         return

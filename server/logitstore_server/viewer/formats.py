@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+from logitstore.display.glyphs import readable
+
 __all__ = ["FILTERS"]
 
 
@@ -46,9 +48,21 @@ def probability(value: Any) -> str:
     return f"{value:.3g}" if value else "0"
 
 
+def amount(value: Any) -> str:
+    """Three significant digits; thousands whole."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def shell(value: Any) -> str:
     """One word of a command line."""
     return shlex.quote(str(value))
+
+
+def name(value: Any, limit: int = 160) -> str:
+    """A name that somebody chose: nothing invisible, nothing that turns the text around."""
+    return readable(str(value), limit)
 
 
 def short(value: Any, length: int = 12) -> str:
@@ -58,8 +72,10 @@ def short(value: Any, length: int = 12) -> str:
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
+    "amount": amount,
     "count": count,
     "decimal": decimal,
+    "name": name,
     "percent": percent,
     "probability": probability,
     "shell": shell,

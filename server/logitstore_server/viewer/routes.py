@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from logitstore.spec.errors import (
@@ -33,12 +33,13 @@ from logitstore.store import Store
 from logitstore.store.lru import ProcessLRU
 from logitstore_server.metrics import count_damage
 from logitstore_server.viewer import formats
+from logitstore_server.viewer.answers import JsonData, Page
 from logitstore_server.viewer.compare import ComparedSample, compare_stores
 from logitstore_server.viewer.find import find
 from logitstore_server.viewer.image_panel import png
 from logitstore_server.viewer.links import Links
 from logitstore_server.viewer.sample_page import MAX_TOKENS, TOP_SHOWN, ViewedSample
-from logitstore_server.viewer.snippets import snippets
+from logitstore_server.viewer.snippets import again, snippets
 from logitstore_server.viewer.store_page import overview, shard_page
 from logitstore_server.viewer.viewed_store import ViewedStore
 
@@ -59,8 +60,6 @@ SECURITY_HEADERS = {
 STATIC = Path(__file__).parent / "static"
 THEMES = ("light", "dark")
 THEME_COOKIE = "logitstore-theme"
-# Signals that no fresh run is compared with.
-_NOT_AUDITED = ("graph", "scores")
 # What one reader may see, another may not.
 _PRIVATE = {"Cache-Control": "private, no-cache"}
 # Positions of samples whose measures are held.
@@ -173,7 +172,7 @@ class _Viewer:
             # Put there by the check of keys, for whoever has logged in.
             has_session=request.scope.get("state", {}).get("has_session", False),
         )
-        return HTMLResponse(page, status_code=status, headers=_PRIVATE)
+        return Page(page, status_code=status, headers=_PRIVATE)
 
     @staticmethod
     def _beside(links: Links, request: Request) -> str:
@@ -200,7 +199,7 @@ class _Viewer:
     def json(self, request: Request, build: Callable[[Request], Data]) -> Response:
         """An answer for programs; failures are problem documents."""
         try:
-            return JSONResponse(self.public(build(request)), headers=_PRIVATE)
+            return JsonData(self.public(build(request)), headers=_PRIVATE)
         except LogitstoreError as error:
             problem = self.told(error)
             status = _status(error)
@@ -212,7 +211,7 @@ class _Viewer:
                 "detail": problem["what"] if hidden else self.public(error.message),
                 "kind": error.kind,
             }
-            return JSONResponse(
+            return JsonData(
                 body, status_code=status, headers={"Content-Type": "application/problem+json"}
             )
 
@@ -317,15 +316,13 @@ def viewer_routes(
         address = request.url.path.removesuffix(".json")
         body["copy"] = None
         if viewer.links_for(request).live:
-            header = sample.viewed.header
-            again = header.sample_kind == "sequence" and header.signal.kind not in _NOT_AUDITED
             body["copy"] = snippets(
                 where,
                 base,
                 sample.viewed.name,
                 sample.number,
                 address,
-                teacher=_again(header.teacher.name) if again else None,
+                again=again(sample.viewed),
             )
         return body
 
@@ -467,11 +464,6 @@ def _card(viewed: ViewedStore) -> Data:
         "sealed": store.sealed,
         "problem": None,
     }
-
-
-def _again(name: str) -> str:
-    """What would load a teacher of that name; what pushed its logits had a name of its own."""
-    return name if name.startswith(("hf:", "py:")) else "hf:FOLDER_OR_ID"
 
 
 def _status(error: LogitstoreError) -> int:

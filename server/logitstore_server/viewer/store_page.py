@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from logitstore.display.glyphs import class_names
 from logitstore.spec.errors import LogitstoreError, NotFoundError
 from logitstore.spec.statistics import CumulativeMass, Measure, Reliability
 from logitstore_server.viewer.viewed_store import ViewedStore
@@ -14,6 +15,9 @@ __all__ = ["SHARDS_SHOWN", "overview", "provenance", "shard_page"]
 # Rows of the shard table on one page, and of a shard's chunk table.
 SHARDS_SHOWN = 100
 CHUNKS_SHOWN = 256
+# Always-ids, and samples that a shard left out.
+IDS_SHOWN = 24
+LEFT_OUT_SHOWN = 100
 
 # Of the cumulative mass; names in its statistics.
 MASS_LEVELS = ("0.90", "0.95", "0.99")
@@ -44,7 +48,10 @@ def overview(viewed: ViewedStore, first_shard: int = 0) -> dict[str, Any]:
         "bytes_per_position": total / store.num_positions if store.num_positions else None,
         "provenance": provenance(viewed),
         "table_problem": _problem(viewed.table_problem),
+        "sample_kind": viewed.header.sample_kind,
         "has_text": viewed.table_problem is None and viewed.table is not None,
+        "has_names": bool(class_names(viewed.header)),
+        "statistics_from": _aux(viewed),
         "problem": None,
         "damage": [error.as_dict() for error in _damage(viewed)],
         "labels": 0,
@@ -72,6 +79,14 @@ def overview(viewed: ViewedStore, first_shard: int = 0) -> dict[str, Any]:
     body["reliability"] = _reliability(statistics.reliability)
     body["cumulative_mass"] = _mass(statistics.cumulative_mass)
     return body
+
+
+def _aux(viewed: ViewedStore) -> str:
+    """Fields that statistics are made from, as `precompute --aux` takes them."""
+    labelled = viewed.header.schema_.column("label") is not None
+    if viewed.header.sample_kind == "sequence" or labelled:
+        return "entropy,top1_logprob,label_logprob,label_rank"
+    return "entropy,top1_logprob"
 
 
 def _damage(viewed: ViewedStore) -> list[LogitstoreError]:
@@ -119,7 +134,12 @@ def provenance(viewed: ViewedStore) -> list[dict[str, Any]]:
                 ("name", tokenizer.name),
                 ("ids", f"{tokenizer.size:,}"),
                 ("fingerprint", tokenizer.fingerprint),
-                ("BOS", f"{tokenizer.bos}, id {tokenizer.bos_id}"),
+                (
+                    "BOS",
+                    tokenizer.bos
+                    if tokenizer.bos_id is None
+                    else f"{tokenizer.bos}, id {tokenizer.bos_id}",
+                ),
             ],
         ),
         ("Corpus", corpus),
@@ -129,7 +149,7 @@ def provenance(viewed: ViewedStore) -> list[dict[str, Any]]:
                 ("signal", str(header.signal)),
                 ("fields", ", ".join(header.stored_fields) or "none"),
                 ("temperatures", ", ".join(f"{t:g}" for t in header.lse_at)),
-                ("always-ids", ", ".join(map(str, header.always_ids))),
+                ("always-ids", _first(header.always_ids)),
                 ("vocabulary", f"{header.vocab_size:,}"),
                 (
                     "packing",
@@ -148,6 +168,11 @@ def provenance(viewed: ViewedStore) -> list[dict[str, Any]]:
         for title, terms in groups
         if any(value for _, value in terms)
     ]
+
+
+def _first(ids: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, ids[:IDS_SHOWN]))
+    return shown if len(ids) <= IDS_SHOWN else f"{shown}, … ({len(ids):,} in all)"
 
 
 def shard_page(viewed: ViewedStore, shard: str, *, check: bool) -> dict[str, Any]:
@@ -170,6 +195,7 @@ def shard_page(viewed: ViewedStore, shard: str, *, check: bool) -> dict[str, Any
         "first_sample": viewed.first_sample(index),
         "chunks": [],
         "num_chunks": 0,
+        "truncated": False,
         "commit": None,
     }
     try:
@@ -190,6 +216,9 @@ def shard_page(viewed: ViewedStore, shard: str, *, check: bool) -> dict[str, Any
         )
         sample += chunk.samples
     body["num_chunks"] = len(commit.chunks)
+    body["truncated"] = (
+        len(commit.chunks) > CHUNKS_SHOWN or len(commit.quarantined) > LEFT_OUT_SHOWN
+    )
     body["commit"] = {
         "generation": commit.generation,
         "created": commit.created,
@@ -197,7 +226,8 @@ def shard_page(viewed: ViewedStore, shard: str, *, check: bool) -> dict[str, Any
         "bytes": commit.object.bytes,
         "sha256": commit.object.sha256,
         "notes": list(commit.notes),
-        "quarantined": [q.model_dump() for q in commit.quarantined],
+        "quarantined": [q.model_dump() for q in commit.quarantined[:LEFT_OUT_SHOWN]],
+        "num_quarantined": len(commit.quarantined),
     }
     return body
 
@@ -210,6 +240,7 @@ def _shards(viewed: ViewedStore, first: int) -> dict[str, Any]:
         "num_shards": count,
         "first_shard": first,
         "shards_per_page": SHARDS_SHOWN,
+        "truncated": count > len(shown),
         "shards": [_shard_row(viewed, i) for i in shown],
     }
 

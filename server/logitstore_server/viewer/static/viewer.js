@@ -487,7 +487,7 @@ function chart(figure) {
     drawn?.destroy();
     drawn = new uPlot({
       width: plot.clientWidth, height: 190, series: [{}, ...series], scales,
-      axes: [{ ...axis, size: 30, ...axes?.[0] }, { ...axis, size: 46, ...axes?.[1] }],
+      axes: [{ ...axis, size: 30, ...axes?.[0] }, { ...axis, size: 52, ...axes?.[1] }],
       legend: { show: false },
       cursor: { drag: { x: false, y: false }, points: { show: false }, y: false },
       hooks: { setCursor: [(self) => { says.textContent = self.cursor.idx == null ? "" : text(self.cursor.idx); }] },
