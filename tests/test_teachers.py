@@ -123,6 +123,18 @@ def test_scaled_capped_and_padded_output_layers(kind, tiny_lm_dir, tmp_path):
     torch.testing.assert_close(logits(teacher, sample(*segments)), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_language_model_without_its_head_is_refused(tiny_lm_dir, tmp_path):
+    """transformers would make the head up at random, and warn."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaModel
+
+    config = LlamaConfig.from_pretrained(tiny_lm_dir, tie_word_embeddings=False)
+    LlamaModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_lm_dir).save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=r"lm_head\.weight") as caught:
+        load_teacher(f"hf:{tmp_path}", OPTIONS)
+    assert caught.value.kind == "teacher-load"
+
+
 @torch.no_grad()
 def test_an_unknown_scaling_is_noticed_and_the_whole_model_used(tiny_lm_dir, tmp_path, monkeypatch):
     folder = folder_of("gemma2", tiny_lm_dir, tmp_path)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logitstore.corpora import FastTokenizer, Sample, Tokenizer
-from logitstore.spec.errors import TeacherError, UsageError
+from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import TeacherInfo
-from logitstore.teachers.base import TeacherOptions, block_rows, device_of
-from logitstore.teachers.folder import dtype_of, folder_of, weights_sha256
+from logitstore.teachers.base import TeacherOptions, block_rows
+from logitstore.teachers.folder import LoadedFolder, load_folder
 
 __all__ = ["CausalLM"]
 
@@ -39,13 +38,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.06, torch.float16: 0.02}
 class CausalLM:
     """A transformers causal language model with its tokenizer."""
 
-    def __init__(
-        self, name: str, folder: Path, model: Any, tokenizer: Tokenizer, threads: int
-    ) -> None:
-        self._name = name
-        self._folder = folder
-        self._model = model
-        self._threads = threads
+    def __init__(self, loaded: LoadedFolder, tokenizer: Tokenizer) -> None:
+        self._loaded = loaded
+        self._model = model = loaded.model
         self.tokenizer = tokenizer
         head = model.get_output_embeddings()
         self._head_rows = int(head.weight.shape[0])
@@ -72,31 +67,14 @@ class CausalLM:
 
         Raises: TeacherError teacher-load; UsageError bad-argument, missing-dependency.
         """
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils import logging
-        except ImportError:
-            raise UsageError(
-                "missing-dependency",
-                "an hf: teacher needs transformers",
-                hint="pip install 'logitstore[hf]'",
-            ) from None
-        device = device_of(options)
-        dtype = dtype_of(options, device)
-        folder = folder_of(name)
-        logging.disable_progress_bar()
-        try:
-            hf_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise TeacherError(
-                "teacher-load",
-                f"transformers cannot load it: {type(error).__name__}: {error}",
-                where=f"hf:{name}",
-                expected="a causal language model with safetensors weights and a tokenizer",
-            ) from error
+        loaded = load_folder(
+            name,
+            options,
+            architecture="AutoModelForCausalLM",
+            expected="a causal language model",
+            otherwise="a classifier is captured with --task classification",
+        )
+        hf_tokenizer = loaded.tokenizer
         backend = getattr(hf_tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise TeacherError(
@@ -114,24 +92,10 @@ class CausalLM:
             bos_id=bos_id,
             adds_bos=bos_id is not None and first == [bos_id],
         )
-        model.requires_grad_(False).eval()
-        return cls(name, folder, nn.Module.to(model, device), tokenizer, options.threads)
+        return cls(loaded, tokenizer)
 
     def describe(self) -> TeacherInfo:
-        import transformers
-
-        parts = self._folder.parts
-        return TeacherInfo(
-            name=f"hf:{self._name}",
-            revision=parts[-1] if "snapshots" in parts else None,
-            fingerprint=weights_sha256(self._folder),
-            engine="transformers",
-            engine_version=f"{transformers.__version__} torch {torch.__version__}",
-            compute_dtype=str(self._model.dtype).removeprefix("torch."),
-            device_type=self._model.device.type,
-            threads_per_worker=self._threads,
-            masked_rows=self._head_rows - self.vocab_size,
-        )
+        return self._loaded.describe(masked_rows=self._head_rows - self.vocab_size)
 
     @torch.no_grad()
     def blocks(self, samples: Sequence[Sample]) -> Iterator[Tensor]:

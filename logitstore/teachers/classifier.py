@@ -17,18 +17,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitstore.corpora import Classes, Example
-from logitstore.spec.errors import TeacherError, UsageError
+from logitstore.spec.errors import TeacherError
 from logitstore.spec.header import TeacherInfo
 from logitstore.teachers.base import TeacherOptions, device_of
-from logitstore.teachers.folder import dtype_of, folder_of, weights_sha256
+from logitstore.teachers.folder import LoadedFolder, load_folder
 from logitstore.teachers.function import load_function
 
 __all__ = ["FunctionClassifier", "SequenceClassifier"]
@@ -102,19 +101,16 @@ class SequenceClassifier:
     Texts of a micro-batch are padded to the longest and cut at the model's greatest length.
     """
 
-    def __init__(self, name: str, folder: Path, model: Any, tokenizer: Any, threads: int) -> None:
-        self._name = name
-        self._folder = folder
-        self._model = model
-        self._tokenizer = tokenizer
-        self._threads = threads
-        config = model.config
+    def __init__(self, loaded: LoadedFolder) -> None:
+        self._loaded = loaded
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        config = self._model.config
         kind = getattr(config, "problem_type", None)
         if config.num_labels < 2 or kind in ("regression", "multi_label_classification"):
             raise TeacherError(
                 "teacher-load",
                 "its outputs are no distribution over classes",
-                where=f"hf:{name}",
+                where=f"hf:{loaded.name}",
                 got=f"{config.num_labels} outputs, problem_type {kind}",
                 expected="two or more classes of which one is right",
             )
@@ -123,7 +119,10 @@ class SequenceClassifier:
         made_up = names == tuple(f"LABEL_{i}" for i in range(config.num_labels))
         self.classes = Classes(config.num_labels, () if made_up else names)
         self.vocab_size = int(config.num_labels)
-        limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+        limits = (
+            getattr(config, "max_position_embeddings", None),
+            self._tokenizer.model_max_length,
+        )
         self._max_length = min(int(limit) for limit in limits if limit)
         self.settings: dict[str, str | int] = {"max_length": self._max_length}
 
@@ -135,62 +134,18 @@ class SequenceClassifier:
 
         Raises: TeacherError teacher-load; UsageError bad-argument, missing-dependency.
         """
-        try:
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
-            from transformers.utils import logging
-        except ImportError:
-            raise UsageError(
-                "missing-dependency",
-                "an hf: teacher needs transformers",
-                hint="pip install 'logitstore[hf]'",
-            ) from None
-        device = device_of(options)
-        dtype = dtype_of(options, device)
-        folder = folder_of(name)
-        logging.disable_progress_bar()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            # Classifiers whose head was never trained are loaded with a warning: refuse those.
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
+        return cls(
+            load_folder(
+                name,
+                options,
+                architecture="AutoModelForSequenceClassification",
+                expected="a sequence classifier",
+                otherwise="a language model is captured with --task language-model",
             )
-        except Exception as error:
-            raise TeacherError(
-                "teacher-load",
-                f"transformers cannot load it: {type(error).__name__}: {error}",
-                where=f"hf:{name}",
-                expected="a sequence classifier with safetensors weights and a tokenizer",
-            ) from error
-        if missing := sorted(loading["missing_keys"]):
-            raise TeacherError(
-                "teacher-load",
-                "its weights lack a part, which would be random",
-                where=f"hf:{name}",
-                got=f"no {', '.join(missing[:4])}",
-                expected="a sequence classifier that was trained",
-                hint="a language model is captured with --task language-model",
-            )
-        model.requires_grad_(False).eval()
-        return cls(name, folder, nn.Module.to(model, device), tokenizer, options.threads)
+        )
 
     def describe(self) -> TeacherInfo:
-        import transformers
-
-        parts = self._folder.parts
-        return TeacherInfo(
-            name=f"hf:{self._name}",
-            revision=parts[-1] if "snapshots" in parts else None,
-            fingerprint=weights_sha256(self._folder),
-            engine="transformers",
-            engine_version=f"{transformers.__version__} torch {torch.__version__}",
-            compute_dtype=str(self._model.dtype).removeprefix("torch."),
-            device_type=self._model.device.type,
-            threads_per_worker=self._threads,
-        )
+        return self._loaded.describe()
 
     @torch.no_grad()
     def blocks(self, samples: Sequence[Example]) -> Iterator[Tensor]:

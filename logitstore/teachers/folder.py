@@ -1,27 +1,124 @@
-"""A transformers model's folder, and what of it and of the options does not depend on the model."""
+"""A transformers model from its folder: what does not depend on what the model is for."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from logitstore.spec.errors import TeacherError
-from logitstore.teachers.base import TeacherOptions
+from logitstore.spec.errors import TeacherError, UsageError
+from logitstore.spec.header import TeacherInfo
+from logitstore.teachers.base import TeacherOptions, device_of
 
-__all__ = ["dtype_of", "folder_of", "weights_sha256"]
+__all__ = ["LoadedFolder", "load_folder"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def dtype_of(options: TeacherOptions, device: str) -> Any:
-    """The dtype of the forward pass, as `from_pretrained` takes it."""
-    return _DTYPES.get(options.dtype, torch.float32 if device == "cpu" else "auto")
+@dataclass(frozen=True, kw_only=True)
+class LoadedFolder:
+    """A model that was loaded from a folder.
+
+    Attributes:
+        name: what the user called it, without `hf:`.
+        path: the folder.
+        model: on its device, without gradients, in evaluation mode.
+        tokenizer: of transformers.
+        threads: CPU threads it runs with.
+    """
+
+    name: str
+    path: Path
+    model: Any
+    tokenizer: Any
+    threads: int
+
+    def describe(self, masked_rows: int = 0) -> TeacherInfo:
+        """Provenance; reads the weights' files for their digest."""
+        import transformers
+
+        parts = self.path.parts
+        return TeacherInfo(
+            name=f"hf:{self.name}",
+            revision=parts[-1] if "snapshots" in parts else None,
+            fingerprint=_weights_sha256(self.path),
+            engine="transformers",
+            engine_version=f"{transformers.__version__} torch {torch.__version__}",
+            compute_dtype=str(self.model.dtype).removeprefix("torch."),
+            device_type=self.model.device.type,
+            threads_per_worker=self.threads,
+            masked_rows=masked_rows,
+        )
 
 
-def folder_of(name: str) -> Path:
+def load_folder(
+    name: str, options: TeacherOptions, *, architecture: str, expected: str, otherwise: str
+) -> LoadedFolder:
+    """Load weights and tokenizer from a folder, or from the hub's cache or the hub.
+
+    Only safetensors, no code from the model's folder.
+
+    Args:
+        architecture: the class of transformers, such as "AutoModelForCausalLM".
+        expected: what the folder should hold, in words.
+        otherwise: what to do with a folder that holds something else.
+
+    Raises: TeacherError teacher-load; UsageError bad-argument, missing-dependency.
+    """
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError:
+        raise UsageError(
+            "missing-dependency",
+            "an hf: teacher needs transformers",
+            hint="pip install 'logitstore[hf]'",
+        ) from None
+    device = device_of(options)
+    dtype = _DTYPES.get(options.dtype, torch.float32 if device == "cpu" else "auto")
+    path = _folder_of(name)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, loading = getattr(transformers, architecture).from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise TeacherError(
+            "teacher-load",
+            f"transformers cannot load it: {type(error).__name__}: {error}",
+            where=f"hf:{name}",
+            expected=f"{expected} with safetensors weights and a tokenizer",
+        ) from error
+    # A model whose head was never trained is loaded with a warning only.
+    if missing := sorted(loading["missing_keys"]):
+        raise TeacherError(
+            "teacher-load",
+            "its weights lack a part, which would be random",
+            where=f"hf:{name}",
+            got=f"no {', '.join(missing[:4])}",
+            expected=f"{expected} that was trained",
+            hint=otherwise,
+        )
+    model.requires_grad_(False).eval()
+    return LoadedFolder(
+        name=name,
+        path=path,
+        model=nn.Module.to(model, device),
+        tokenizer=tokenizer,
+        threads=options.threads,
+    )
+
+
+def _folder_of(name: str) -> Path:
     """The model's folder: the one named, or the hub's snapshot of that id.
 
     Raises: TeacherError teacher-load.
@@ -59,7 +156,7 @@ def folder_of(name: str) -> Path:
     return folder
 
 
-def weights_sha256(folder: Path) -> str:
+def _weights_sha256(folder: Path) -> str:
     """SHA-256 over names and contents of configuration and weights."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
