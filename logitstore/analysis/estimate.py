@@ -64,7 +64,8 @@ class Option:
             assumption about the rest. The noise of the logit gradient for unbiased signals.
         bias: mean over positions of the L1 distance between the expected weights and p: 0 for
             unbiased signals, the mass outside for top-K. At most twice this is the L1 error of the
-            expected gradient (exactly twice for `missing="renormalize"`).
+            expected gradient (exactly twice for `missing="renormalize"`). Both are None for signals
+            that are no distribution.
     """
 
     signal: str
@@ -72,8 +73,8 @@ class Option:
     total_bytes: int
     hours: float
     kept_mass: float | None
-    squared_error: float
-    bias: float
+    squared_error: float | None
+    bias: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +111,8 @@ class _Candidate:
         self.encoder: Encoder = encoder(header)
         self.records: list[Record] = []
         self.seconds = 0.0
-        self.squared_error = 0.0
-        self.bias = 0.0
+        self.squared_error: float | None = None
+        self.bias: float | None = None
 
     def shard_bytes(self) -> tuple[int, int]:
         """Bytes of all records as chunks, and what an object needs beside them."""
@@ -225,9 +226,12 @@ def _measure(candidate: _Candidate, record: Record, logits_NV: Tensor, rows_N: T
     weights_NV = _weights(targets, rows_N, p_NV)
     if weights_NV is None:
         return
-    candidate.squared_error += float((weights_NV - p_NV).square().sum())
+    error = float((weights_NV - p_NV).square().sum())
+    missing = 0.0
     if isinstance(targets, TopKTargets):
-        candidate.bias += float((1 - weights_NV.sum(-1)).clamp_min(0).sum())
+        missing = float((1 - weights_NV.sum(-1)).clamp_min(0).sum())
+    candidate.squared_error = (candidate.squared_error or 0.0) + error
+    candidate.bias = (candidate.bias or 0.0) + missing
 
 
 def _weights(targets: Targets, rows_N: Tensor, p_NV: Tensor) -> Tensor | None:
@@ -265,26 +269,40 @@ def _option(
         total_bytes=total_bytes,
         hours=seconds_per_token * work.tokens / 3600,
         kept_mass=None if kept is None else kept.mean,
-        squared_error=candidate.squared_error / measured,
-        bias=candidate.bias / measured,
+        squared_error=_mean(candidate.squared_error, measured),
+        bias=_mean(candidate.bias, measured),
     )
+
+
+def _mean(total: float | None, count: int) -> float | None:
+    return None if total is None else total / count
 
 
 def _recommend(options: Sequence[Option]) -> tuple[str, str]:
     """The cheapest unbiased option that is no noisier than the published record, and why."""
-    unbiased = [o for o in options if o.bias == 0 and o.squared_error > 0]
-    reference = next((o for o in options if o.signal == _REFERENCE), None)
+    known = [
+        (o, o.squared_error, o.bias) for o in options if o.squared_error and o.bias is not None
+    ]
+    unbiased = [(o, error) for o, error, bias in known if bias == 0]
+    if not known:
+        best = min(options, key=lambda o: o.bytes_per_token)
+        return (
+            best.signal,
+            "the smallest of these, which are no distributions with an error",
+        )
     if not unbiased:
-        best = min(options, key=lambda o: (o.bias, o.bytes_per_token))
-        return best.signal, f"the least bias of these ({best.bias:.3f} of the mass is missing)"
+        best, _, bias = min(known, key=lambda each: (each[2], each[0].bytes_per_token))
+        return best.signal, f"the least bias of these ({bias:.3f} of the mass is missing)"
+    reference = next(((o, error) for o, error in unbiased if o.signal == _REFERENCE), None)
     if reference is None:
-        best = min(unbiased, key=lambda o: o.squared_error * o.bytes_per_token)
+        best, _ = min(unbiased, key=lambda each: each[1] * each[0].bytes_per_token)
         return best.signal, "unbiased, with the least error times bytes of these"
-    good = [o for o in unbiased if o.squared_error <= reference.squared_error]
-    best = min(good, key=lambda o: o.bytes_per_token)
-    if best is reference:
+    usual, usual_error = reference
+    good = [each for each in unbiased if each[1] <= usual_error]
+    best, error = min(good, key=lambda each: each[0].bytes_per_token)
+    if best is usual:
         return best.signal, "unbiased, and none of the others is as exact for fewer bytes"
     return best.signal, (
-        f"unbiased, {best.squared_error / reference.squared_error:.2f} x the error of "
-        f"{_REFERENCE} at {best.bytes_per_token / reference.bytes_per_token:.2f} x its bytes"
+        f"unbiased, {error / usual_error:.2f} x the error of "
+        f"{_REFERENCE} at {best.bytes_per_token / usual.bytes_per_token:.2f} x its bytes"
     )

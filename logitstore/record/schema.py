@@ -210,6 +210,7 @@ def aux_fields(
         raise UsageError(
             "unknown-aux",
             "no such aux field for this signal",
+            where=f"signal {signal}",
             got=bad,
             expected=", ".join(allowed),
             hint="the top-1 log-prob of a topk record is its first entry"

@@ -74,6 +74,20 @@ def test_the_recommendation_is_the_cheapest_that_is_no_noisier_than_the_referenc
     assert only_biased.recommended == "topk:16"
 
 
+def test_fields_are_counted_and_sums_have_no_error(settings: CaptureSettings) -> None:
+    words = ["estimate", "--teacher", TEACHER, "--corpus", settings.corpus[0], "--json"]
+    words += ["--pilot-tokens", "256", "--seq-len", "64", "--document-separator", "\\n\\n"]
+    words += ["--signal", "sampled:9", "--signal", "graph:k=4"]
+    plain = json.loads(CliRunner().invoke(cli, words).stdout)
+    more = ["--aux", "lse,entropy", "--lse-at", "2,4", "--always-ids", "1,2,3"]
+    full = json.loads(CliRunner().invoke(cli, [*words, *more]).stdout)
+    assert plain["recommended"] == "sampled:9"
+    for before, after in zip(plain["options"], full["options"], strict=True):
+        assert after["bytes_per_token"] > before["bytes_per_token"] + 6
+    graph = plain["options"][1]
+    assert (graph["squared_error"], graph["bias"], graph["kept_mass"]) == (None, None, None)
+
+
 def test_the_command_prints_a_table_and_json(settings: CaptureSettings) -> None:
     words = ["estimate", "--teacher", TEACHER, "--corpus", settings.corpus[0]]
     words += ["--pilot-tokens", "512", "--seq-len", "64", "--signal", "topk:8", "--signal", "dense"]

@@ -8,6 +8,7 @@ import click
 
 from logitstore_cli import command as form
 from logitstore_cli.capture_display import readable_bytes
+from logitstore_cli.commands.precompute import CommaList, Separator
 from logitstore_cli.output import Output, pass_output
 
 
@@ -33,7 +34,27 @@ from logitstore_cli.output import Output, pass_output
 @click.option("--max-samples", type=int, help="Classification: of the capture that is planned.")
 @click.option("--signal", "signals", multiple=True, help="Candidates; default: a usual choice.")
 @click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens of a window.")
+@click.option(
+    "--aux", type=CommaList(str, "NAMES"), help="Fields beside the signal; default: the signal's."
+)
+@click.option(
+    "--lse-at", type=CommaList(float, "NUMBERS"), default=(), help="Temperatures, such as 2.0,4.0."
+)
+@click.option(
+    "--always-ids",
+    type=CommaList(int, "NUMBERS"),
+    default=(),
+    help="Token ids whose log-prob is kept at every position.",
+)
 @click.option("--text-key", help="Field of a row that holds the text; default: text.")
+@click.option(
+    "--document-separator",
+    type=Separator(),
+    help=r"Splits text files into documents, such as '\n\n'; default: a file is one.",
+)
+@click.option(
+    "--bos", type=click.Choice(["auto", "document", "none"]), default="auto", show_default=True
+)
 @click.option("--max-tokens", type=int, help="Of the capture that is planned.")
 @click.option(
     "--container", type=click.Choice(["zarr", "arrow"]), default="zarr", show_default=True
@@ -75,8 +96,8 @@ def command(
                 readable_bytes(o.total_bytes),
                 f"{o.hours:.2f}",
                 "-" if o.kept_mass is None else f"{o.kept_mass:.3f}",
-                f"{o.squared_error:.5f}",
-                f"{o.bias:.4f}",
+                "-" if o.squared_error is None else f"{o.squared_error:.5f}",
+                "-" if o.bias is None else f"{o.bias:.4f}",
             ]
             for o in advice.options
         ],
