@@ -1,9 +1,10 @@
 """GET /v1/stores/NAME/samples: any selection of samples, as an Arrow stream or a small JSON answer.
 
-The stream has one record batch for each chunk that the selection touches in turn, in the types of
-the arrow container, with a column `sample` in front. Every answer says how many rows it has, in
-the header Logitstore-Rows and in the stream's own metadata, because a stream that is cut between
-two batches reads like a shorter one. A process holds one chunk of it at a time.
+The stream has a record batch for each chunk that the selection touches in turn, more where it asks
+for samples again and again, in the types of the arrow container, with a column `sample` in front.
+Every answer says how many rows it has, in the header Logitstore-Rows and in the stream's own
+metadata, because a stream that is cut between two batches reads like a shorter one. A process holds
+one chunk of it at a time.
 
 Source: Arrow IPC streaming format; its registered media type application/vnd.apache.arrow.stream.
 """
@@ -175,19 +176,32 @@ def batches(
 ) -> Iterator[tuple[list[int], Record]]:
     """(numbers, record) of consecutive samples that lie in one chunk, which is decoded once.
 
-    A generator: the next chunk is read when it is asked for.
+    A generator: the next chunk is read when it is asked for. No record has more positions than its
+    chunk: a request may name one sample thousands of times.
     """
     store = opened.store
     located = ((sample, store.locate(sample)) for sample in chosen)
     for (shard, chunk), group in groupby(located, key=lambda each: each[1][:2]):
-        numbers, rows = [], []
-        for sample, (_, _, row) in group:
-            numbers.append(sample)
-            rows.append(row)
         record = store.read_chunk(shard, chunk, wanted.read)
-        ROWS.labels(opened.name).inc(len(numbers))
-        yield numbers, _cut(_rows(record, rows), store.header, wanted)
+        for part in _parts(record, [(sample, row) for sample, (_, _, row) in group]):
+            numbers, rows = [sample for sample, _ in part], [row for _, row in part]
+            ROWS.labels(opened.name).inc(len(numbers))
+            yield numbers, _cut(_rows(record, rows), store.header, wanted)
         _forget(opened, shard, chunk)
+
+
+def _parts(record: Record, asked: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Runs of (sample, row) that together have no more positions than the record."""
+    lengths = np.diff(record.sample_offsets())
+    part: list[tuple[int, int]] = []
+    positions = 0
+    for sample, row in asked:
+        if part and positions + lengths[row] > record.num_positions:
+            yield part
+            part, positions = [], 0
+        part.append((sample, row))
+        positions += int(lengths[row])
+    yield part
 
 
 def _forget(opened: Opened, shard: int, chunk: int) -> None:

@@ -100,6 +100,18 @@ def test_only_the_columns_asked_for(folder, url, client):
     assert table.replace_schema_metadata().equals(whole.select(table.column_names))
 
 
+def test_a_sample_asked_for_many_times_does_not_grow_a_batch(folder, url, client):
+    """A batch for each chunk, except that none is larger than its chunk."""
+    with logitstore.store.open(folder / "topk") as store:
+        shard, chunk, _ = store.locate(3)
+        chunk_positions = store.commit(shard).chunks[chunk].positions
+    answer = client.get(f"{url}/topk/samples?columns=tokens&ids={','.join(['3'] * 500)}")
+    batches = list(pa.ipc.open_stream(answer.content))
+    assert sum(len(batch) for batch in batches) == 500
+    assert {number for batch in batches for number in batch["sample"].to_pylist()} == {3}
+    assert max(sum(map(len, batch["tokens"].to_pylist())) for batch in batches) <= chunk_positions
+
+
 @pytest.mark.parametrize("name", ["topk", "nucleus"])
 def test_k_keeps_the_largest_ids_and_all_the_mass(folder, url, client, name):
     table = read_stream(client.get(f"{url}/{name}/samples?k=2&columns=ids,logprobs,log_tail"))
