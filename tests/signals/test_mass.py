@@ -13,22 +13,13 @@ from logitstore.record.statistics import merge
 from logitstore.signals import MassCurve
 from logitstore.signals.mass import LEVELS, ranks, taken
 from logitstore.spec.statistics import CumulativeMass, Statistics
-from logitstore.teachers import TeacherOptions, load_teacher
 
 LENGTHS = (200, 150, 34)
 
 
-@pytest.fixture(scope="module")
-def rows_PV(smollm2_dir, kjv_path) -> torch.Tensor:
-    """Logits of SmolLM2 over a page of a real text."""
-    from logitstore.corpora import Sample
-
-    teacher = load_teacher(f"hf:{smollm2_dir}", TeacherOptions())
-    text = kjv_path.read_text(encoding="utf-8")[:4000]
-    tokens = np.array(teacher.tokenizer.encode(text).ids[: sum(LENGTHS)], np.int64)
-    nothing = np.zeros_like(tokens)
-    sample = Sample(key="s", tokens=tokens, segment_ids=nothing, byte_end=nothing)
-    return torch.cat([block.float() for block in teacher.blocks([sample])])
+@pytest.fixture
+def rows_PV(real_rows_PV: torch.Tensor) -> torch.Tensor:
+    return real_rows_PV[: sum(LENGTHS)]
 
 
 def expected(rows_PV: torch.Tensor, positions: list[int]) -> tuple[list[int], dict, np.ndarray]:
