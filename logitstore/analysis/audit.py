@@ -50,9 +50,9 @@ __all__ = ["TOLERANCE", "Audit", "Difference", "HitRate", "audit"]
 # Samples compared unless told otherwise; examples of one forward pass.
 _SEQUENCES, _EXAMPLES = 8, 256
 
-# Mean |stored - fresh| that an honest store keeps below, nats. Another dtype of the forward pass
-# stays below half of it, records in steps below a third; another teacher is far beyond.
-TOLERANCE = 0.1
+# Mean |stored - fresh| that an honest store keeps below, nats. SmolLM2-135M in bfloat16 against
+# float32: 0.09 for the 64 largest log-probs, 0.12 for lse; records in steps of 1/16 nat: 0.02.
+TOLERANCE = 0.25
 
 # An honest store's z-score exceeds this once in 16,000 tests.
 _SUSPICIOUS_Z = 4.0

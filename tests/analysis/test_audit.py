@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from logitstore.analysis.audit import audit
+from logitstore.analysis.audit import TOLERANCE, audit
 from logitstore.capture import CaptureSettings, precompute
 from logitstore.spec.errors import AlignmentError
 from logitstore.teachers import TeacherOptions
@@ -131,5 +131,6 @@ def test_the_command_prints_tables_and_json(tmp_path: Path) -> None:
     answer = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)
     assert answer["schema"] == "logitstore.audit/1"
     assert answer["samples"] == 3
+    assert answer["tolerance"] == TOLERANCE
     # threshold heads are kept in steps of 1/64 nat
     assert answer["logprobs"]["mean"] < 1 / 64

@@ -38,7 +38,7 @@ FAILED = 4
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, min_open=True),
-    default=0.1,
+    default=0.25,
     show_default=True,
     help="Mean difference that passes, nats.",
 )
