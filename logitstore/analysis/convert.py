@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from logitstore.containers.ranked import IdRanks, count_ids, uses_ranks
 from logitstore.record import Record
 from logitstore.record.new_header import new_header, now
-from logitstore.record.schema import aux_fields
+from logitstore.record.schema import aux_fields, layout_of
 from logitstore.record.sequences import IGNORE, labels, loss_mask
 from logitstore.record.statistics import merge, statistics_of
 from logitstore.record.threshold import decode_threshold
@@ -190,9 +190,15 @@ def _plan(plan: Plan, header: Header) -> Plan:
 def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"], rank_ids: bool) -> Header:
     old = store.header
     labelled = old.sample_kind == "sequence" or old.schema_.column("label") is not None
-    kept: set[str] | None = set(old.stored_fields)
+    kept = set(old.stored_fields)
     if isinstance(old.signal, DenseSpec) and spec != old.signal:
-        kept = None  # everything can be computed from the logits
+        # Everything can be computed from the logits, but for what never came from them.
+        _, _, defaults, impossible = layout_of(spec, old.vocab_size)
+        kept = (kept | set(defaults)) - impossible
+        if not labelled:
+            kept -= {"label_logprob", "label_rank"}
+    elif isinstance(old.signal, TopKSpec) and (old.signal.coding, spec.coding) == ("f16", "q8"):
+        kept = {*old.stored_fields, "top1_logprob"}
     elif old.signal.kind == "threshold" and spec.kind == "topk":
         kept = {*old.stored_fields, "log_tail"}
     return new_header(
@@ -212,9 +218,7 @@ def _header(store: Store, spec: Any, container: Literal["zarr", "arrow"], rank_i
         teacher=old.teacher,
         container=container,
         sample_kind=old.sample_kind,
-        aux=None
-        if kept is None
-        else aux_fields(spec, old.vocab_size, kept, sample_kind=old.sample_kind, labelled=labelled),
+        aux=aux_fields(spec, old.vocab_size, kept, sample_kind=old.sample_kind, labelled=labelled),
         lse_at=old.lse_at,
         always_ids=old.always_ids,
         labelled=labelled,
@@ -245,7 +249,11 @@ def _transform(header: Header, target: Any) -> Transform:
         raise _refuse(source, target, "only fewer ranks of a rank-form graph follow from it")
     reasons = {
         "sampled": "a random sample has neither the largest ids nor their probabilities",
-        "topk": "the ids outside the top K, from which samples would be drawn, were never stored",
+        "topk": "the ids outside the top K, from which samples would be drawn, were never stored"
+        if target.kind in ("sampled", "threshold")
+        else "the ids outside the top K were never stored"
+        if target.kind == "dense"
+        else "its log-probs are rounded, and sums are taken over raw logits",
         "threshold": "its tail is one random draw; the order below the head is not known",
         "graph": "sums over positions cannot be taken apart again",
         "scores": "only the given candidates were scored",
@@ -273,6 +281,10 @@ def _head_as_topk(header: Header, target: TopKSpec) -> Transform:
     """
     if header.always_ids:
         raise _refuse(header.signal, target, "always-ids are left out of the head")
+    if target.coding == "q8":
+        raise _refuse(
+            header.signal, target, "heads that are rounded already would be rounded twice"
+        )
     if "label_rank" not in header.stored_fields:
         raise _refuse(header.signal, target, "without label_rank the label's place is not known")
 
@@ -355,6 +367,13 @@ def _from_dense(header: Header) -> Transform:
         columns = dict(record.arrays)
         logits = columns.pop("logits")
         if isinstance(header.signal, DenseSpec):
+            finite = np.abs(logits[np.isfinite(logits)])
+            if finite.max(initial=0) > np.finfo(header.signal.dtype).max:
+                raise _refuse(
+                    DenseSpec(dtype="float32"),
+                    header.signal,
+                    f"a raw logit of {finite.max():.3g} does not fit",
+                )
             return {**columns, "logits": logits}
         lengths = record["sample_lengths"].astype(np.int64)
         keys = np.array([key_of(k) for k in record.sample_keys()], np.uint64).view(np.int64)

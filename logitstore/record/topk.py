@@ -22,7 +22,8 @@ def narrow_topk(
         record: of a top-K store; holds `ids` and `logprobs`.
         k: at most as many as are stored.
         p: of these only the smallest prefix of this mass; the columns are then ragged.
-        q8: round log-probs to the nearest 1/16 nat.
+        q8: round log-probs to the nearest 1/16 nat, but for the largest, which stays as
+            `top1_logprob`.
     """
     columns = dict(record.arrays)
     if "num_ids" in record:
@@ -46,6 +47,8 @@ def narrow_topk(
             tail = np.log(dropped + np.exp(record["log_tail"].astype(np.float64)))
         columns["log_tail"] = np.where(dropped > 0, tail, record["log_tail"])
     if q8:
+        # As at a capture, the largest can stay exact beside the rounded ones.
+        columns.setdefault("top1_logprob", logprobs[:, 0])
         logprobs = np.clip(np.rint(logprobs / -Q8_STEP), 0, Q8_MOST_STEPS) * -Q8_STEP
     if p is None:
         columns["ids"], columns["logprobs"] = ids[:, :k], logprobs[:, :k]

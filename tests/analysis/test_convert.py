@@ -64,7 +64,7 @@ def records_equal(a: Path, b: Path, *, but: dict[str, float] | None = None) -> N
 )
 def test_fewer_ids_equal_a_fresh_capture(tmp_path: Path, source: str, target: str) -> None:
     wide = capture(tmp_path / "wide", source, AUX)
-    fresh = capture(tmp_path / "fresh", target, AUX)
+    fresh = capture(tmp_path / "fresh", target, AUX + ["top1_logprob"] * ("q8" in target))
     done = convert(wide, tmp_path / "copy", signal=target)
     assert (done.samples, done.skipped) == (5, 0)
     # log_tail is summed from stored float16 log-probs here, from logits there; a mass cut may fall
@@ -93,6 +93,21 @@ def test_dense_logits_encode_as_a_capture_would(tmp_path: Path, signal: str) -> 
     fresh = capture(tmp_path / "fresh", signal)
     convert(dense, tmp_path / "copy", signal=signal)
     records_equal(fresh, tmp_path / "copy")
+
+
+def test_fields_that_logits_do_not_tell_go_along(tmp_path: Path) -> None:
+    with ls.writer(tmp_path / "dense", signal="dense", vocab_size=V, aux=["byte_end"]) as w:
+        w.add([1, 2, 3], torch.randn(3, V), byte_end=[4, 5, 9])
+    convert(tmp_path / "dense", tmp_path / "copy", signal="topk:4")
+    assert ls.LogitDataset(tmp_path / "copy")[0].targets.byte_end.tolist() == [4, 5, 9]
+
+
+def test_logits_that_do_not_fit_are_no_infinities(tmp_path: Path) -> None:
+    with ls.writer(tmp_path / "dense", signal="dense:dtype=float32", vocab_size=V) as w:
+        w.add([1, 2, 3], torch.randn(3, V) * 1e5)
+    with pytest.raises(UsageError, match="does not fit") as caught:
+        convert(tmp_path / "dense", tmp_path / "copy", signal="dense")
+    assert caught.value.kind == "conversion-refused"
 
 
 def test_fewer_ranks_of_a_graph(tmp_path: Path) -> None:
@@ -126,7 +141,9 @@ def test_threshold_head_becomes_an_ordered_prefix(tmp_path: Path) -> None:
         ("topk:8,p=0.5", "topk:8", "cut at mass 0.5"),
         ("sampled:20", "topk:8", "neither the largest ids"),
         ("sampled:20", "sampled:10", "neither the largest ids"),
+        ("topk:8", "graph:k=4", "sums are taken over raw logits"),
         ("threshold:tau=1/20", "threshold:tau=1/10", "order below the head"),
+        ("threshold:tau=1/20", "topk:1,coding=q8", "rounded twice"),
         ("graph:k=4", "topk:4", "taken apart"),
         ("dense", "scores:4", "which candidates"),
     ],
