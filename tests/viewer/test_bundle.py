@@ -88,7 +88,7 @@ def test_nothing_in_a_bundle_names_this_machine(bundle, site_folder):
             assert "127.0.0.1" not in text
 
 
-def test_a_bundle_of_a_hostile_store_keeps_to_its_folder(site_folder, tmp_path, capsys):
+def test_a_bundle_of_a_hostile_store_keeps_to_its_folder(browser, site_folder, tmp_path, capsys):
     place = tmp_path / "out"
     arguments = ["view", str(site_folder / HOSTILE_NAME), "--bundle", str(place)]
     assert run(arguments) == 0
@@ -97,6 +97,19 @@ def test_a_bundle_of_a_hostile_store_keeps_to_its_folder(site_folder, tmp_path, 
         *("index.html", "index.json", "not-included.html", "samples", "static")
     }
     assert "<img" not in (place / "index.html").read_text(encoding="utf-8")
+    # As a double click opens it: no server, so that pages may fetch nothing.
+    seen = Look(browser, place.as_uri())
+    page = seen.open("/index.html")
+    assert page.locator(".chart canvas").count() == page.locator(".chart").count() >= 5
+    page = seen.open("/samples/0.html")
+    for position in range(0, 60, 5):
+        page.focus(f"[data-p='{position}']")
+        until(page, f"document.querySelector('#panel').dataset.position === '{position}'")
+        assert page.locator("#panel .top-k li").count() == 8
+    assert "<img·src=x" in page.inner_text("#heat")
+    assert page.title() != "owned"
+    assert (seen.complaints, seen.failed) == ([], [])
+    seen.context.close()
     assert run(arguments) == 2
     assert "not empty" in capsys.readouterr().err
 

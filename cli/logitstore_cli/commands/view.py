@@ -46,7 +46,7 @@ MAX_AGE_S = 5.0
 @click.option(
     "--bundle",
     metavar="DIR",
-    help="Write a static sample for any file server into a new folder, and end.",
+    help="Write a static sample into a new folder, to open or to serve, and end.",
 )
 @click.option(
     "--samples",
@@ -125,7 +125,7 @@ def _write_bundle(out: Output, stores: OpenedStores, folder: str, samples: int) 
     every = sum(len(stores[name]) for name in stores)
     out.data(str(Path(folder, "index.html")))
     size = f"{told['files']:,} files, {told['bytes'] / 1e6:.1f} MB"
-    out.note(f"{told['samples']:,} of {every:,} samples in {size}. To serve the folder:")
+    out.note(f"{told['samples']:,} of {every:,} samples in {size}. Open it, or serve the folder:")
     out.note(f"python -m http.server -d {shlex.quote(folder)}")
     stores.close()
     return 0

@@ -1,4 +1,5 @@
-"""A static sample of the viewer: pages, their data, scripts and styles, for any file server.
+"""A static sample of the viewer: pages, their data, scripts and styles, for any file server, or to
+open from its folder.
 
 Pages are those of the viewer, with addresses of files beside each other in place of its own. What a
 sample of a store cannot show, a page says that every other address leads to.
@@ -97,7 +98,7 @@ class _BundleLinks(Links):
     def _piece(self, page: str, kind: str) -> str:
         folder = self._plan.files[page].removesuffix(".html")
         # The script fills in {from}, which must not be quoted.
-        return self._to(folder) + f"/{kind}-{{from}}.json"
+        return self._to(folder) + f"/{kind}-{{from}}.js"
 
     def _at(self, *parts: object, **query: object) -> str:
         path, _, _ = super()._at(*parts).partition("?")
@@ -160,6 +161,10 @@ def write_bundle(folder: Path, stores: Mapping[str, Store], samples: int) -> dic
         put(file, body)
         return body
 
+    def save_piece(address: str, file: str) -> None:
+        # Where pages are opened from a folder, they may load scripts and fetch nothing.
+        put(file, b"logitstorePiece(" + ask(app, address).body + b");\n")
+
     for path, file in plan.files.items():
         if path == Links().home() and len(stores) == 1:
             continue
@@ -173,13 +178,15 @@ def write_bundle(folder: Path, stores: Mapping[str, Store], samples: int) -> dic
         positions = min(told.get("mapped", told["positions"]), MAX_POSITIONS)
         for start in range(0, positions, PIECE):
             query = f"from={start}&count={min(PIECE, positions - start)}"
-            save(_with(plan.address(f"{path}/tokens.json"), query), f"{base}/tokens-{start}.json")
+            save_piece(
+                _with(plan.address(f"{path}/tokens.json"), query), f"{base}/tokens-{start}.js"
+            )
         if path.startswith("/compare"):
             continue  # its entries are those of the two samples
         written["samples"] += 1
         for start in range(0, positions, KEPT):
             query = f"from={start}&count={min(KEPT, positions - start)}&top={TOP}"
-            save(f"{path}/kept.json?{query}", f"{base}/kept-{start}.json")
+            save_piece(f"{path}/kept.json?{query}", f"{base}/kept-{start}.js")
     for address, file in pictures.items():
         save(address, file)
     for file in static_files():

@@ -33,7 +33,7 @@ MAX_SHARDS = 512
 MAX_RESULTS = 100
 _LARGEST = 1 << 53
 # Bytes of text shown before and after a hit.
-_AROUND = 40
+_AROUND = 36
 _KEY = re.compile(r"(?P<file>.+)#(?P<document>[0-9]+)@[0-9]+")
 # measure -> its name in the statistics of a shard
 _STATISTIC = {"label_rank": "label_rank_log2"}

@@ -11,6 +11,7 @@ import mimetypes
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
@@ -177,7 +178,8 @@ class _Viewer:
     @staticmethod
     def _beside(links: Links, request: Request) -> str:
         """Where a page's data is."""
-        path, query = request.url.path, request.url.query
+        # Quoted again: a name may hold anything.
+        path, query = quote(request.url.path), request.url.query
         if path == f"{links.root}/":
             path = f"{links.root}/stores"
         return links.json(path + (f"?{query}" if query else ""))
@@ -313,7 +315,7 @@ def viewer_routes(
         body = sample.page(request.query_params.get("measure"), _integer(request, "position", 0))
         base = str(request.base_url).rstrip("/")
         where = str(sample.viewed.store.location) if viewer.show_locations else None
-        address = request.url.path.removesuffix(".json")
+        address = viewer.links_for(request).sample(sample.viewed.name, sample.number)
         body["copy"] = None
         if viewer.links_for(request).live:
             body["copy"] = snippets(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from urllib.parse import quote
 
 from logitstore.spec.plan import CorpusInfo
 from logitstore_server.viewer.viewed_store import ViewedStore
@@ -31,7 +32,7 @@ def snippets(
         address: path of the page.
         again: options that say what a fresh run would load; None where there is nothing to compare.
     """
-    where = location if location is not None else f"{base}/v1/stores/{name}"
+    where = location if location is not None else f"{base}/v1/stores/{quote(name)}"
     python = (
         "import logitstore as ls\n\n"
         f"store = ls.open({where!r})\n"

@@ -193,6 +193,8 @@ def shard_page(viewed: ViewedStore, shard: str, *, check: bool) -> dict[str, Any
         "problem": state.problem,
         "row": _shard_row(viewed, index),
         "first_sample": viewed.first_sample(index),
+        "previous": store.shards[index - 1].shard if index else None,
+        "next": store.shards[index + 1].shard if index + 1 < len(store.shards) else None,
         "chunks": [],
         "num_chunks": 0,
         "truncated": False,

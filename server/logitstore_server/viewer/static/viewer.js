@@ -1,5 +1,7 @@
 // The viewer's one script: the heat map, its panel, the charts, and small conveniences.
 // Text of tokens reaches the page through textContent and attributes alone, never as markup.
+// No module, so that a static sample also opens from a folder, where browsers load none.
+"use strict";
 
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -31,7 +33,17 @@ function make(tag, given = {}, ...children) {
 
 const say = (text) => { $("#said").textContent = text; };
 
+/** A piece of a static sample: a script, because a page from a folder may fetch nothing. */
+const loadPiece = (src) => new Promise((found, failed) => {
+  const script = make("script", { src });
+  script.onload = () => { script.remove(); found(script.piece); };
+  script.onerror = () => { script.remove(); failed(new Error("A file of this static sample is missing.")); };
+  document.head.append(script);
+});
+window.logitstorePiece = (data) => { document.currentScript.piece = data; };
+
 async function fetchJson(address) {
+  if (address.endsWith(".js")) return loadPiece(address);
   const answer = await fetch(address, { headers: { Accept: "application/json" } });
   const body = await answer.json().catch(() => ({ title: `HTTP ${answer.status}`, kind: "" }));
   if (!answer.ok) throw new Error(`${body.title} [${body.kind}]`);
@@ -57,15 +69,21 @@ function labelTheme() {
   redraws.forEach((redraw) => redraw());
 }
 
-/** What a static page cannot know: the reader's choice, from the cookie that pages of a server read. */
+// A reader may forbid both.
+function recall(name) { try { return localStorage.getItem(name); } catch { return null; } }
+function keep(name, value) { try { localStorage.setItem(name, value); } catch { /* this page only */ } }
+
+/** What a static page cannot know: the reader's choice, from the cookie that pages of a server read;
+    pages from a folder have none. */
 function recallTheme() {
-  const chosen = document.cookie.match(/(?:^|; )logitstore-theme=(light|dark)/);
-  if (chosen) root.dataset.theme = chosen[1];
+  const chosen = document.cookie.match(/(?:^|; )logitstore-theme=(light|dark)/)?.[1] ?? recall("logitstore-theme");
+  if (["light", "dark"].includes(chosen)) root.dataset.theme = chosen;
 }
 
 function switchTheme() {
   root.dataset.theme = isDark() ? "light" : "dark";
   document.cookie = `logitstore-theme=${root.dataset.theme}; path=/; max-age=31536000; samesite=strict`;
+  keep("logitstore-theme", root.dataset.theme);
   labelTheme();
 }
 
@@ -89,8 +107,8 @@ function startPage() {
     };
   }
   const single = $("#single-keys");
-  single.checked = localStorage.getItem("logitstore-keys") !== "off";
-  single.onchange = () => localStorage.setItem("logitstore-keys", single.checked ? "on" : "off");
+  single.checked = recall("logitstore-keys") !== "off";
+  single.onchange = () => keep("logitstore-keys", single.checked ? "on" : "off");
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || !single.checked) return;
     if (event.target.closest("input:not([type=radio]), select, textarea, dialog")) return;
@@ -153,7 +171,8 @@ class Sample {
     const query = new URLSearchParams(location.search);
     query.set("measure", this.measure);
     query.set("position", this.position);
-    history.replaceState(null, "", `${location.pathname}?${query}`);
+    // A page from a folder may not always change its address.
+    try { history.replaceState(null, "", `${location.pathname}?${query}`); } catch { /* as it was */ }
   }
 
   start() {
