@@ -109,15 +109,15 @@ class Authentication:
                 return Access(f"address:{address}", self._public, metrics=False)
         return self._access_of(key)
 
-    def plain_access(self, scope: Scope) -> Access | None:
-        """What a request for a store may see, where that needs nothing to be counted or remembered
-        and no cookie; None: the chain decides."""
+    def plain_access(self, scope: Scope) -> tuple[Access, Key | None] | None:
+        """What a request for a store may see and by which key, where that needs nothing to be
+        counted or remembered and no cookie; None: the chain decides."""
         address = _address(scope)
         if self._ring is None:
-            return Access(f"address:{address}", self._all, metrics=True)
+            return Access(f"address:{address}", self._all, metrics=True), None
         sent = [value for name, value in scope["headers"] if name == b"authorization"]
         if not sent:
-            return Access(f"address:{address}", self._public, metrics=False)
+            return Access(f"address:{address}", self._public, metrics=False), None
         scheme, _, text = sent[0].decode("latin-1").partition(" ")
         if len(sent) > 1 or scheme.lower() != "bearer":
             return None
@@ -125,7 +125,19 @@ class Authentication:
             key = self._ring.find(text.strip())
         except StorageError:
             return None
-        return None if key is None or (address, key.id) not in self._known else self._access_of(key)
+        if key is None or (address, key.id) not in self._known:
+            return None
+        return self._access_of(key), key
+
+    def is_still_valid(self, key: Key | None) -> bool:
+        """Whether what `plain_access` found by the key is what it would find now."""
+        if self._ring is None or key is None:
+            return True
+        try:
+            # The ring makes new objects when it reads its file again.
+            return self._ring.valid(key.id) is key
+        except StorageError:
+            return False
 
     def _access_of(self, key: Key) -> Access:
         stores = frozenset(name for name in self._all if key.may_read(name))

@@ -26,7 +26,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from logitstore_server.express import Express, Parcel
+from logitstore_server.express import Express, Lane
 from logitstore_server.metrics import CONNECTIONS, DROPPED_CONNECTIONS
 from logitstore_server.outlet import Outlet, offer_zero_copy
 from logitstore_server.problems import ServiceError, problem
@@ -56,8 +56,9 @@ class GuardedConfig(Config):
 class GuardedProtocol(HttpToolsProtocol):
     """One connection, with deadlines. What it waits for is its phase:
 
-    "head" and "body": bytes of a request; None: the application, or a keep-alive connection's next
-    request, which uvicorn's own timer limits.
+    "head" and "body": bytes of a request; "idle": the next request after one that `express`
+    answered; None: the application, or the next request after its answer, which uvicorn's own timer
+    limits.
     """
 
     config: GuardedConfig
@@ -73,14 +74,11 @@ class GuardedProtocol(HttpToolsProtocol):
         assert isinstance(config, GuardedConfig)
         self._limits = config.guard
         self._parsing: Literal["head", "body"] | None = None
-        self._phase: Literal["head", "body"] | None = "head"
+        self._phase: Literal["head", "body", "idle"] | None = "head"
         self._phase_since_s = self.loop.time()
         self._head_bytes = 0
         self._refused = False
-        app = config.loaded_app
-        self._express = app if isinstance(app, Express) else None
-        self._parcel: Parcel | None = None
-        self._has_delivered = False
+        self._lane: Lane | None = None
         # While bytes wait for the reader: since when, and how many had been taken by then.
         self._sending_since_s: float | None = None
         self._taken_then = 0
@@ -90,6 +88,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._outlet = Outlet(transport, self.loop)
         super().connection_made(self._outlet)  # type: ignore[arg-type]
+        app = self.config.loaded_app
+        # What is encrypted must pass through this process.
+        if isinstance(app, Express) and self.scheme == "http":
+            self._lane = Lane(app, self._outlet, self.client, self.server_state)
         CONNECTIONS.inc()
         _start_sweeping(self.server_state, self.loop)
         if len(self.connections) > self._limits.max_connections:
@@ -101,21 +103,37 @@ class GuardedProtocol(HttpToolsProtocol):
         self._outlet.connection_lost()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._refused or self._answers_at_once(data):
             return
         super().data_received(data)
         if self._parsing == "head" and self._head_bytes > self._limits.max_head_bytes:
             self._refuse("head-too-large")
         phase = self._parsing
-        if phase is None and not self._is_answering and not self._has_delivered:
+        if phase is None and not self._is_answering:
             phase = "head"  # stray bytes between two requests
-        self._has_delivered = False
         if phase != self._phase:
             self._phase = phase
             self._phase_since_s = self.loop.time()
 
+    def _answers_at_once(self, data: bytes) -> bool:
+        if (
+            self._lane is None
+            or self._parsing is not None
+            or self._is_answering
+            or self._outlet.is_closing()
+            or self._outlet.get_write_buffer_size()
+            or len(data) > self._limits.max_head_bytes
+            or not self._lane.answer(data)
+        ):
+            return False
+        self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        self._phase = "idle"
+        self._phase_since_s = self.loop.time()
+        return True
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        if self.scheme == "http":  # what is encrypted must pass through this process
+        if self.scheme == "http":
             offer_zero_copy(cycle, self._outlet)
         super()._start_asgi_task(cycle, app)
 
@@ -139,9 +157,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._head_bytes > self._limits.max_head_bytes:
             return  # data_received refuses it
         self._parsing = "body"
-        self._parcel = self._express_parcel()
-        if self._parcel is None:
-            super().on_headers_complete()
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         if self._parsing == "body":
@@ -151,28 +167,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._parsing != "body":
             return
         self._parsing = None
-        if self._parcel is None or self._express is None:
-            super().on_message_complete()
-            return
-        self._express.deliver(self._parcel, self._outlet)
-        self._parcel = None
-        self._has_delivered = True
-        self.on_response_complete()
-
-    def _express_parcel(self) -> Parcel | None:
-        """The answer to a plain request, where no other is on its way out before it."""
-        if (
-            self._express is None
-            or self.scheme != "http"
-            or self.parser.get_method() != b"GET"
-            or self.parser.get_http_version() != "1.1"
-            or not self.parser.should_keep_alive()
-            or self._is_answering
-            or self.transport.is_closing()
-            or self._outlet.get_write_buffer_size()
-        ):
-            return None
-        return self._express.parcel(dict(self.scope), self.url, self.server_state.default_headers)
+        super().on_message_complete()
 
     # --- deadlines --------------------------------------------------------------------------
 
@@ -192,6 +187,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
         elif self._phase == "body" and now_s - self._phase_since_s > self._limits.body_timeout_s:
             self._refuse("body-timeout")
+        elif self._phase == "idle" and now_s - self._phase_since_s > self.timeout_keep_alive:
+            self.transport.close()
 
     @property
     def _is_answering(self) -> bool:

@@ -149,6 +149,7 @@ class KeyRing:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._path = os.fspath(file)
         self._stamp: tuple[int, ...] | None = None
         self._keys: dict[str, Key] = {}
         # Compared when the id is unknown, so that this takes as long as a wrong secret.
@@ -176,7 +177,7 @@ class KeyRing:
 
     def refresh(self) -> None:
         try:
-            status = self._file.stat()
+            status = os.stat(self._path)
         except OSError as error:
             raise _unusable(self._file, f"cannot be read: {error.strerror}") from None
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_mode)

@@ -24,8 +24,9 @@ from logitstore_server.metrics import (
     count_damage,
 )
 from logitstore_server.problems import ServiceError, send_problem
+from logitstore_server.stores import Registry
 
-__all__ = ["AnswerCutShort", "Observation", "Watched"]
+__all__ = ["AnswerCutShort", "Observation", "new_request_id", "report"]
 
 _REQUEST_ID = b"x-request-id"
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -72,12 +73,11 @@ class Observation:
         finally:
             IN_FLIGHT.dec()
             watched.report()
-            self.count_open(scope)
+            self.count_open(getattr(getattr(scope.get("app"), "state", None), "registry", None))
             structlog.contextvars.clear_contextvars()
 
-    def count_open(self, scope: Scope) -> None:
+    def count_open(self, registry: Registry | None) -> None:
         """Shard files stay open between requests, and only requests open them."""
-        registry = getattr(getattr(scope.get("app"), "state", None), "registry", None)
         if registry is not None and registry.open_shards != self._open_shards:
             self._open_shards = registry.open_shards
             OPEN_SHARDS.set(self._open_shards)
@@ -102,7 +102,7 @@ class Watched:
         given = {name: value for name, value in scope["headers"] if name in _OUR_HEADERS}
         request_id = given.get(_REQUEST_ID, b"")
         if not _PLAIN_ID.fullmatch(request_id):
-            request_id = os.urandom(16).hex().encode()
+            request_id = new_request_id().encode()
         self.headers = [(_REQUEST_ID, request_id)]
         self.context = {"request_id": request_id.decode()}
         trace = _TRACEPARENT.fullmatch(given.get(b"traceparent", b""))
@@ -146,29 +146,74 @@ class Watched:
         access = self._scope["state"].get("access")
         store = store_in(self._scope["path"])
         readable = store is not None and access is not None and access.may_read(store)
-        requests, sent, first_byte, stream = _metrics(
-            method, route, self.status, store if readable else ""
-        )
-        requests.inc()
-        sent.inc(self._bytes)
-        first_byte.observe(first_byte_s - self._started_s)
-        stream.observe(now_s - first_byte_s)
-        log_request(
+        report(
             method=method,
+            route=route,
             path=self._scope["path"],
+            store=store if readable and store is not None else "",
             status=self.status,
-            bytes=self._bytes,
+            count=self._bytes,
             complete=self.complete,
-            first_byte_s=round(first_byte_s - self._started_s, 6),
-            stream_s=round(now_s - first_byte_s, 6),
+            first_byte_s=first_byte_s - self._started_s,
+            stream_s=now_s - first_byte_s,
             client=access.client if access is not None else "",
             **self.context,
         )
 
 
+def new_request_id() -> str:
+    """An id for a request that came with none."""
+    return os.urandom(16).hex()
+
+
+def report(
+    *,
+    method: str,
+    route: str,
+    path: str,
+    store: str,
+    status: int,
+    count: int,
+    complete: bool,
+    first_byte_s: float,
+    stream_s: float,
+    client: str,
+    request_id: str,
+    trace_id: str = "",
+) -> None:
+    """Count and log an answered request.
+
+    Args:
+        route: template of the path.
+        store: that the request may read, or empty.
+        status: 0 where no answer began.
+        count: bytes of the body that were sent.
+        complete: whether they are all of it.
+        first_byte_s: from the request's head to the first of them.
+        stream_s: from there to the last.
+    """
+    requests, sent, first_byte, stream = _metrics(method, route, status, store)
+    requests.inc()
+    sent.inc(count)
+    first_byte.observe(first_byte_s)
+    stream.observe(stream_s)
+    log_request(
+        method=method,
+        path=path,
+        status=status,
+        count=count,
+        complete=complete,
+        first_byte_s=first_byte_s,
+        stream_s=stream_s,
+        client=client,
+        request_id=request_id,
+        trace_id=trace_id,
+    )
+
+
 @lru_cache(maxsize=1024)
 def _metrics(
-    method: str, route: str, status: int, store: str | None
+    method: str, route: str, status: int, store: str
 ) -> tuple[Counter, Counter, Histogram, Histogram]:
     """Finding a metric by its labels costs more than counting."""
     return (

@@ -77,11 +77,13 @@ class Outlet:
         "_socket",
         "_transport",
         "_writable",
+        "is_closing",
         "written",
     )
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
+        self.is_closing = transport.is_closing  # not by __getattr__: asked for at each request
         self._loop = loop
         self._held: bytes | None = None
         self._left = 0  # of the file being sent

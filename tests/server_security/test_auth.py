@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,8 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.testclient import TestClient
 
 from logitstore_server.app import create_app
-from logitstore_server.auth import store_in
-from logitstore_server.keys import revoke_key
+from logitstore_server.auth import Authentication, store_in
+from logitstore_server.keys import create_key, revoke_key
 from logitstore_server.secure import secure
 from logitstore_server.settings import ServerSettings
 from tests.server_security.conftest import Keys, bearer
@@ -273,3 +274,33 @@ def test_problems_are_one_form(client: TestClient) -> None:
     body = json.loads(answer.content)
     assert {"type", "title", "status", "detail", "instance", "kind"} <= set(body)
     assert body["request_id"] == answer.headers["x-request-id"] == "abc-1"
+
+
+def test_what_a_key_was_found_to_allow_holds_while_it_would_be_found_again(
+    settings: ServerSettings, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+    text, _ = create_key(keys.file, label="", stores=["alpha"], metrics=False, expires=end)
+    authentication = Authentication(create_app(settings), settings)
+    scope = {"headers": [(b"authorization", f"Bearer {text}".encode())], "path": ""}
+
+    def found() -> Any:
+        return authentication.plain_access(scope)
+
+    assert found() is None  # never seen before
+    authentication._access({**scope, "path": "/v1/stores/alpha/store.json"})
+    access, key = found()
+    assert access.stores == {"alpha", "open"}
+    assert authentication.is_still_valid(key)
+    keys.add("beta")  # another entry of the file
+    assert not authentication.is_still_valid(key)
+    access, key = found()
+    assert authentication.is_still_valid(key)
+    monkeypatch.setattr("logitstore_server.keys._now", lambda: end)
+    assert not authentication.is_still_valid(key)
+    assert found() is None
+    monkeypatch.undo()
+    assert authentication.is_still_valid(key)
+    keys.file.unlink()
+    assert not authentication.is_still_valid(key)
+    assert found() is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import httpx2
 import psutil
 import pytest
 
+from logitstore_server import logs
 from logitstore_server.keys import revoke_key
 from logitstore_server.logs import mask
 from logitstore_server.settings import ServerSettings, StoreEntry
@@ -221,6 +224,29 @@ def test_logs_are_lines_of_json_without_secrets(
 )
 def test_secrets_are_cut_out(text: str, masked: str) -> None:
     assert mask(text) == masked
+
+
+def test_a_request_s_line_is_json_whatever_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = io.StringIO()
+    monkeypatch.setattr(logs, "_lines", lines)
+    monkeypatch.setattr(logs, "_request_log", logging.Logger("requests", logging.INFO))
+    key = "ls_abcdefgh_Zz-_09"
+    paths = ['/"\n\\\u20ac', f"/{key}", f"/{'x' * 300}/{key}", "/v1"]
+    for path in paths:
+        for _ in range(2):  # some texts are remembered
+            logs.log_request(
+                method="GET", path=path, status=0, count=7, complete=False, first_byte_s=0.00012345,
+                stream_s=1e-9, client="address:::1", request_id=key, trace_id="0f" * 16,
+            )  # fmt: skip
+    found = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [each["path"] for each in found[::2]] == [mask(path) for path in paths]
+    assert found[0].pop("timestamp")
+    assert found[0] == {
+        "event": "request", "level": "info", "method": "GET", "path": paths[0], "status": 0,
+        "bytes": 7, "complete": False, "first_byte_s": 0.000123, "stream_s": 0,
+        "client": "address:::1", "request_id": mask(key), "trace_id": "0f" * 16,
+    }  # fmt: skip
+    assert key not in lines.getvalue()
 
 
 def test_failures_are_logged_by_place_without_their_text() -> None:
