@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import logitstore.store
+from logitstore.containers.protocol import crc32c
 from logitstore.data import LogitDataset, loader
 from logitstore.data.prefetch import Lookahead
 from logitstore.spec.errors import NotFoundError, StorageError, UsageError
+from logitstore.store import mapping
 from logitstore.store.cache import Cache
 from tests.data_stores import add_shard, make_store, random_samples
 from tests.remote_host import FaultProxy, StaticHost, digests
@@ -158,7 +162,7 @@ def test_the_oldest_go_first_and_documents_last(tmp_path):
     cache = Cache(tmp_path, 1_000)
     for name in ("a/store.json", "a/shards/x/0-96", "a/shards/x/96-96", "a/shards/y/0-96"):
         assert cache.write(name, bytes(96))
-        time.sleep(0.002)
+        time.sleep(0.02)  # the clock of file times is coarse
     assert cache.read("a/shards/x/0-96") == bytes(96)  # used last now
     for number in range(8):
         assert cache.write(f"a/shards/z/{number}-96", bytes(96))
@@ -200,7 +204,80 @@ def test_crashes_leave_nothing_that_stays(tmp_path):
     assert not dead.exists()
     assert alive.exists()
     assert cache.write("a/store.json", b"x" * 10)
-    assert (cache.folder / "size").read_text() == str(cache.size_bytes()) == "14"
+    assert int((cache.folder / "size").read_text()) == cache.size_bytes() == 14
+
+
+# large entries, which are mapped
+
+
+def test_a_mapped_entry_outlives_its_removal_and_holds_no_descriptor(tmp_path):
+    cache = Cache(tmp_path, 500_000)
+    contents = {f"a/shards/x/{i}-100000": os.urandom(100_000) for i in range(4)}
+    for name, data in contents.items():
+        assert cache.write(name, data)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    held = {name: cache.read_checked(name) for name in contents}
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert set(mapping._alive) >= {
+        np.frombuffer(data, np.uint8).ctypes.data for data, _ in held.values()
+    }
+    for number in range(4):
+        assert cache.write(f"a/shards/y/{number}-100000", bytes(100_000))
+    assert not any(cache.holds(name) for name in contents)
+    for name, (data, checksum) in held.items():
+        assert data.readonly
+        assert data == contents[name]
+        assert checksum == crc32c(data)
+    before = len(mapping._alive)
+    held.clear()
+    del data
+    assert len(mapping._alive) == before - 4
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_damaged_large_entry_is_removed(tmp_path, number):
+    cache = Cache(tmp_path)
+    contents = os.urandom(100_000)
+    assert cache.write("a/shards/x/0-100000", contents)
+    path = next(p for p in entries(tmp_path))
+    data = bytearray(path.read_bytes())
+    data[70_000] ^= 4
+    path.write_bytes([data, data[:70_000], b""][number])
+    assert cache.read("a/shards/x/0-100000") is None
+    assert not path.exists()
+    assert cache.write("a/shards/x/0-100000", contents)
+    assert cache.read("a/shards/x/0-100000") == contents
+
+
+def test_pages_that_cannot_be_had_cost_the_entry_and_not_the_process(tmp_path, monkeypatch):
+    """Cut while it is mapped: touching the lost pages would be the end (SIGBUS)."""
+    cache = Cache(tmp_path)
+    contents = os.urandom(100_000)
+    cache.write("a/shards/x/0-100000", contents)
+    path = next(p for p in entries(tmp_path))
+    populate = mapping._madvise()
+
+    def cut_first(*arguments: int) -> int:
+        os.truncate(path, 5_000)
+        return populate(*arguments)
+
+    monkeypatch.setattr(mapping, "_madvise", lambda: cut_first)
+    assert cache.read("a/shards/x/0-100000") is None
+    assert not path.exists()
+
+
+def test_without_mappings_entries_are_read(tmp_path, monkeypatch):
+    cache = Cache(tmp_path)
+    contents = os.urandom(100_000)
+    cache.write("a/shards/x/0-100000", contents)
+    before = len(mapping._alive)
+    for name, value in (("MAX_MAPPINGS", before), ("_madvise", lambda: lambda *_: -1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(mapping, name, value)
+            held = cache.read_checked("a/shards/x/0-100000")
+            assert held is not None
+            assert held[0] == contents
+            assert len(mapping._alive) == before
 
 
 def test_the_cache_is_private(tmp_path):
@@ -279,6 +356,27 @@ def test_lookahead_tells_each_chunk_once_in_time_and_not_too_early():
     assert told == [(0, chunk) for chunk in range(41)]
     second = Lookahead(needs.__getitem__, first=1, step=2, stop=40)
     assert second.at(1)[:4] == [(0, 1), (0, 2), (0, 3), (0, 4)]
+
+
+def test_only_what_the_cache_lacks_is_fetched_by_threads(proxy, expected, tmp_path, monkeypatch):
+    url = f"{proxy.url}/st"
+    digests(loader(LogitDataset(url, cache_dir=tmp_path), 9))
+    lost = sorted(chunks(tmp_path))[::5]
+    for path in lost:
+        path.unlink()
+    batches = loader(LogitDataset(url, shuffle=True, cache_dir=tmp_path), 9)
+    read, by_thread = batches.source.store.chunk_bytes, set()
+
+    def noted(shard: int, chunk: int) -> memoryview:
+        if threading.current_thread() is not threading.main_thread():
+            by_thread.add((shard, chunk))
+        return read(shard, chunk)
+
+    monkeypatch.setattr(batches.source.store, "chunk_bytes", noted)
+    assert digests(batches) == expected
+    # Opening the dataset has read some of them already, here.
+    assert 1 < len(by_thread) <= len(lost)
+    assert all(path.exists() for path in lost)
 
 
 def test_fetching_ahead_overlaps_with_training(proxy, expected, monkeypatch):

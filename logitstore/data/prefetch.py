@@ -73,6 +73,9 @@ class Lookahead:
 class Prefetcher:
     """Bytes of announced chunks, fetched by threads until they are taken.
 
+    What the host's cache holds is not fetched: reading it where it is used costs less than handing
+    it over from a thread, and its disk begins to read when it is announced.
+
     What is announced and never taken, because an epoch was broken off, makes place for the next.
     A forked child starts with nothing, since it has none of the threads.
     """
@@ -88,7 +91,7 @@ class Prefetcher:
         if self._pid != os.getpid():
             return
         for key in keys:
-            if key not in self._futures:
+            if key not in self._futures and not self._store.is_near(*key):
                 self._futures[key] = self._pool.submit(self._store.chunk_bytes, *key)
         while len(self._futures) > 4 * AHEAD_CHUNKS:
             _, dropped = self._futures.popitem(last=False)

@@ -61,17 +61,27 @@ class ReadBackend(Protocol):
         """
         ...
 
-    def get_range(
-        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int | None = None
-    ) -> memoryview:
+    def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
         """Exactly `length` bytes of an object that must be `size_bytes` long.
-
-        Args:
-            crc32c: of these bytes, where it is known: lets a remote reader keep them, and ask again
-                for damaged ones. The caller compares what it gets.
 
         Raises: IntegrityError object-missing, object-size-mismatch.
         """
+        ...
+
+    def get_chunk(
+        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int
+    ) -> tuple[memoryview, int]:
+        """`get_range`, and the CRC-32C of what it got; the caller compares that.
+
+        Args:
+            crc32c: what it should be. A remote reader asks again for other bytes, once, and keeps
+                these.
+        """
+        ...
+
+    def is_near(self, key: str, offset: int, length: int) -> bool:
+        """Whether a disk of this host has these bytes, so that nothing need be fetched; the disk
+        begins to read them."""
         ...
 
     def list(self, folder: str) -> list[Entry]:

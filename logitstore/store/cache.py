@@ -27,6 +27,7 @@ from pathlib import Path
 from logitstore.containers.protocol import crc32c
 from logitstore.spec.errors import StorageError, UsageError
 from logitstore.store.local import storage_error
+from logitstore.store.mapping import mapped
 
 __all__ = ["DEFAULT_LIMIT_BYTES", "Cache", "InUse"]
 
@@ -41,6 +42,11 @@ _KEEP_SHARE = 0.9
 _ABANDONED_S = 3600.0
 # Chunks go before the documents without which they cannot be found.
 _CHUNKS = "shards"
+
+_SIZE_DIGITS = 20
+
+# Smaller entries are read, since a mapping takes as long as copying them does.
+_MAP_FROM_BYTES = 1 << 16
 
 _log = logging.getLogger("logitstore")
 
@@ -92,18 +98,21 @@ class Cache:
         return None if found is None else bytes(found[0])
 
     def read_checked(self, name: str) -> tuple[memoryview, int] | None:
-        """An entry's bytes, which are not copied, and their CRC-32C."""
+        """An entry's bytes, and the CRC-32C that they were found to have.
+
+        They are a view of the file's pages, if there are many. An entry's file is never written to
+        again, and stays readable for who maps it when it is removed.
+        """
         path = self._path(name)
         try:
-            with open(path, "rb", buffering=0) as file:
-                data = file.readall()
-                os.utime(file.fileno())
+            data = _contents(path)
+            os.utime(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             self._tell("not read from the cache", error)
             return None
-        body = memoryview(data)[: -_CHECKSUM.size]
+        body = data[: -_CHECKSUM.size]
         checksum = crc32c(body)
         if len(data) > _CHECKSUM.size and data[len(body) :] == _CHECKSUM.pack(checksum):
             return body, checksum
@@ -113,16 +122,39 @@ class Cache:
 
     def holds(self, name: str) -> bool:
         """Whether an entry is there; its bytes are not looked at."""
-        return self._path(name).is_file()
+        return os.path.isfile(self._path(name))
 
-    def write(self, name: str, data: bytes | memoryview, *, replace: bool = False) -> bool:
+    def read_ahead(self, name: str) -> bool:
+        """Whether an entry is there; the disk begins to read it."""
+        try:
+            descriptor = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+        return True
+
+    def write(
+        self,
+        name: str,
+        data: bytes | memoryview,
+        *,
+        checksum: int | None = None,
+        replace: bool = False,
+    ) -> bool:
         """Add an entry; False when there is no room beside what is in use, or the disk refuses.
 
         Args:
+            checksum: CRC-32C of the data, where the caller knows it.
             replace: also when an entry of that name is there.
         """
         try:
-            return self._write(self._path(name), data, replace)
+            if checksum is None:
+                checksum = crc32c(data)
+            return self._write(self._path(name), data, checksum, replace)
         except OSError as error:
             self._tell("not cached", error)
             return False
@@ -131,8 +163,8 @@ class Cache:
         """Remove an entry; it may be gone already."""
         with suppress(OSError), self._locked():
             path = self._path(name)
-            size = path.stat().st_size
-            path.unlink()
+            size = os.stat(path).st_size
+            os.unlink(path)
             self._set_size(self._size() - size)
 
     def in_use(self, store: str) -> InUse:
@@ -169,34 +201,39 @@ class Cache:
             self._told = True
             _log.warning("%s: %s: %s", self.folder, what, error)
 
-    def _path(self, name: str) -> Path:
-        return self.folder / "stores" / name
+    def _path(self, name: str) -> str:
+        # Not a Path: joining its parts takes longer than opening the file.
+        return f"{self.folder}/stores/{name}"
 
-    def _write(self, path: Path, data: bytes | memoryview, replace: bool) -> bool:
-        size = len(data) + _CHECKSUM.size
-        temporary = self.folder / "tmp" / secrets.token_hex(16)
+    def _write(self, path: str, data: bytes | memoryview, checksum: int, replace: bool) -> bool:
+        parts = [memoryview(data), memoryview(_CHECKSUM.pack(checksum))]
+        size = sum(len(part) for part in parts)
+        temporary = f"{self.folder}/tmp/{secrets.token_hex(16)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            with open(os.open(temporary, flags, 0o600), "wb") as file:
-                file.write(data)
-                file.write(_CHECKSUM.pack(crc32c(data)))
+            with open(os.open(temporary, flags, 0o600), "wb", buffering=0) as file:
+                _write_all(file.fileno(), parts)
             with self._locked():
-                before = path.stat().st_size if path.exists() else 0
+                before = _size_of(path)
                 if before and not replace:
                     return True
                 held = self._size() - before
                 if held + size > self.limit_bytes:
-                    held = self._make_room(size) - (before if path.exists() else 0)
+                    held = self._make_room(size) - _size_of(path)
                 if held + size > self.limit_bytes:
                     return False
                 # Before the rename: a crash between them leaves a size that is too high, and the
                 # next search for room counts again.
                 self._set_size(held + size)
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                os.rename(temporary, path)
+                try:
+                    os.rename(temporary, path)
+                except FileNotFoundError:
+                    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                    os.rename(temporary, path)
+                return True
         finally:
-            temporary.unlink(missing_ok=True)
-        return True
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
 
     def _make_room(self, size: int) -> int:
         """Remove the oldest entries that nobody depends on; bytes that are left."""
@@ -244,17 +281,23 @@ class Cache:
 
     def _size(self) -> int:
         try:
-            return int((self.folder / "size").read_text())
+            with open(f"{self.folder}/size", "rb", buffering=0) as file:
+                return int(file.read(_SIZE_DIGITS))
         except (FileNotFoundError, ValueError):
             return self.size_bytes()
 
     def _set_size(self, size: int) -> None:
-        (self.folder / "size").write_text(str(max(0, size)))
+        # Written over and never cut: file systems flush a file that was cut and written again.
+        descriptor = os.open(f"{self.folder}/size", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(descriptor, b"%0*d" % (_SIZE_DIGITS, max(0, size)), 0)
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(self.folder / "lock", flags, 0o600)
+        descriptor = os.open(f"{self.folder}/lock", flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -270,6 +313,29 @@ class _Entry:
     def __init__(self, path: Path, store: Path, is_chunk: bool, size: int, used_ns: int) -> None:
         self.path, self.store, self.is_chunk = path, store, is_chunk
         self.size, self.used_ns = size, used_ns
+
+
+def _contents(path: str) -> memoryview:
+    data = mapped(path) if os.stat(path).st_size >= _MAP_FROM_BYTES else None
+    if data is None:
+        with open(path, "rb", buffering=0) as file:
+            data = memoryview(file.readall())
+    return data
+
+
+def _write_all(descriptor: int, parts: list[memoryview]) -> None:
+    while parts:
+        done = os.writev(descriptor, parts)
+        while parts and done >= len(parts[0]):
+            done -= len(parts.pop(0))
+        if parts:
+            parts[0] = parts[0][done:]
+
+
+def _size_of(path: str) -> int:
+    with suppress(FileNotFoundError):
+        return os.stat(path).st_size
+    return 0
 
 
 def _is_in_use(store: Path) -> bool:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from logitstore.containers.protocol import crc32c as crc32c_of
 from logitstore.spec.errors import FormatError, IntegrityError, StorageError
 from logitstore.spec.paths import check_key
 from logitstore.store.backend import Entry
@@ -111,9 +112,7 @@ class LocalBackend:
             expected=f"at most {limit_bytes}",
         )
 
-    def get_range(
-        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int | None = None
-    ) -> memoryview:
+    def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
         try:
             mapping = self._mapping(key, size_bytes)
             # Asked again at each read: touching pages of a file that shrank kills the process.
@@ -123,6 +122,15 @@ class LocalBackend:
         if actual != size_bytes:
             raise _size_mismatch(self._path(key), actual, size_bytes)
         return memoryview(mapping)[offset : offset + length]
+
+    def get_chunk(
+        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int
+    ) -> tuple[memoryview, int]:
+        data = self.get_range(key, offset, length, size_bytes=size_bytes)
+        return data, crc32c_of(data)
+
+    def is_near(self, key: str, offset: int, length: int) -> bool:
+        return True
 
     def open_object(self, key: str, *, size_bytes: int) -> OpenFile:
         """A committed object's file, for who sends it on without looking at it.

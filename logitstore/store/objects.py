@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
+from logitstore.containers.protocol import crc32c as crc32c_of
 from logitstore.spec.errors import FormatError, IntegrityError, LogitstoreError, StorageError
 from logitstore.spec.paths import check_key
 from logitstore.store.backend import Entry
@@ -112,9 +113,7 @@ class ObjectBackend:
             expected=f"at most {limit_bytes}",
         )
 
-    def get_range(
-        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int | None = None
-    ) -> memoryview:
+    def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
         def fetch() -> tuple[int, memoryview]:
             with self._errors(key, may_be_missing=True):
                 result = self._store().get(key, options={"range": (offset, offset + length)})
@@ -148,6 +147,15 @@ class ObjectBackend:
                 expected=f"{length} bytes from {offset}",
             )
         return data
+
+    def get_chunk(
+        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int
+    ) -> tuple[memoryview, int]:
+        data = self.get_range(key, offset, length, size_bytes=size_bytes)
+        return data, crc32c_of(data)
+
+    def is_near(self, key: str, offset: int, length: int) -> bool:
+        return False
 
     def size(self, key: str) -> int | None:
         def ask() -> int:

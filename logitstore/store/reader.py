@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from logitstore.containers import container
-from logitstore.containers.protocol import Container, crc32c
+from logitstore.containers.protocol import Container
 from logitstore.containers.ranked import ranked
 from logitstore.record.record import Record
 from logitstore.record.statistics import merge
@@ -352,21 +352,30 @@ class Store:
         commit = self.commit(shard)
         row = commit.chunks[chunk]
         key = object_key(commit.object.name)
-        data = self._backend.get_range(
+        data, crc32c = self._backend.get_chunk(
             key, row.offset, row.bytes, size_bytes=commit.object.bytes, crc32c=row.crc32c
         )
-        if crc32c(data) != row.crc32c:
+        if crc32c != row.crc32c:
             twice = "" if self.location.kind == "local" else ", twice"
             raise IntegrityError(
                 "chunk-checksum-mismatch",
                 "chunk is damaged",
                 where=f"{self.location}/{key} chunk {chunk}",
-                got=f"crc32c {crc32c(data):08x} of {row.bytes} bytes at {row.offset}{twice}",
+                got=f"crc32c {crc32c:08x} of {row.bytes} bytes at {row.offset}{twice}",
                 expected=f"crc32c {row.crc32c:08x}",
                 hint="restore the object from a copy; `logitstore verify --full` lists all damage",
                 data={"shard": commit.shard, "chunk": chunk},
             )
         return data
+
+    def is_near(self, shard: int, chunk: int) -> bool:
+        """Whether a disk of this host has the chunk, so that fetching it ahead gains nothing.
+
+        The disk begins to read it.
+        """
+        commit = self.commit(shard)
+        row = commit.chunks[chunk]
+        return self._backend.is_near(object_key(commit.object.name), row.offset, row.bytes)
 
     def decode_chunk(
         self, shard: int, chunk: int, data: memoryview, columns: Collection[str] | None = None

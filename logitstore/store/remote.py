@@ -70,26 +70,28 @@ class RemoteReader:
             self._write(key, data, replace=mutable)
         return data
 
-    def get_range(
-        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int | None = None
-    ) -> memoryview:
-        name = _range_name(key, offset, length)
-        if crc32c is not None:
-            held = self._read_checked(name)
-            # Its own checksum was right; this compares it with what the commit now says.
-            if held is not None and len(held[0]) == length and held[1] == crc32c:
-                return held[0]
+    def get_range(self, key: str, offset: int, length: int, *, size_bytes: int) -> memoryview:
         if self._offline:
             self._refuse_missing(f"{key} bytes {offset} to {offset + length}")
-        view = self._source.get_range(key, offset, length, size_bytes=size_bytes)
-        if crc32c is None:
-            return view
-        if crc32c_of(view) != crc32c:
+        return self._source.get_range(key, offset, length, size_bytes=size_bytes)
+
+    def get_chunk(
+        self, key: str, offset: int, length: int, *, size_bytes: int, crc32c: int
+    ) -> tuple[memoryview, int]:
+        name = _range_name(key, offset, length)
+        held = self._read_checked(name)
+        # Its own checksum was right; this compares it with what the commit now says.
+        if held is not None and len(held[0]) == length and held[1] == crc32c:
+            return held
+        view = self.get_range(key, offset, length, size_bytes=size_bytes)
+        found = crc32c_of(view)
+        if found != crc32c:
             self._tell_damaged(key)
-            view = self._source.get_range(key, offset, length, size_bytes=size_bytes)
-        if crc32c_of(view) == crc32c:
-            self._write(name, view, replace=True)
-        return view
+            view = self.get_range(key, offset, length, size_bytes=size_bytes)
+            found = crc32c_of(view)
+        if found == crc32c:
+            self._write(name, view, checksum=found, replace=True)
+        return view, found
 
     def list(self, folder: str) -> list[Entry]:
         name = f"lists/{folder}"
@@ -106,6 +108,10 @@ class RemoteReader:
         """Whether the cache has this range of an object."""
         name = _range_name(key, offset, length)
         return self._cache is not None and self._cache.holds(f"{self._id}/{name}")
+
+    def is_near(self, key: str, offset: int, length: int) -> bool:
+        name = _range_name(key, offset, length)
+        return self._cache is not None and self._cache.read_ahead(f"{self._id}/{name}")
 
     @property
     def offline(self) -> bool:
@@ -177,10 +183,17 @@ class RemoteReader:
         check_key(name, where=str(self.location))
         return self._cache.read_checked(f"{self._id}/{name}")
 
-    def _write(self, name: str, data: bytes | memoryview, *, replace: bool = False) -> None:
+    def _write(
+        self,
+        name: str,
+        data: bytes | memoryview,
+        *,
+        checksum: int | None = None,
+        replace: bool = False,
+    ) -> None:
         if self._cache is not None and self._id is not None:
             check_key(name, where=str(self.location))
-            self._cache.write(f"{self._id}/{name}", data, replace=replace)
+            self._cache.write(f"{self._id}/{name}", data, checksum=checksum, replace=replace)
 
     def _hold(self) -> None:
         """Offline, what is removed cannot be had again."""
