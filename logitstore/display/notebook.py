@@ -15,7 +15,7 @@ from importlib import resources
 import numpy as np
 
 from logitstore.display.entries import EXPLAINED, Entries, SampleEntries
-from logitstore.display.glyphs import Glyphs, header_glyphs
+from logitstore.display.glyphs import Glyphs, header_glyphs, readable
 from logitstore.display.measures import MEASURES, Measured, measure_sample
 from logitstore.record import Record
 from logitstore.spec.errors import UsageError
@@ -127,7 +127,7 @@ class ShownSample:
             )
         signal = escape(str(self._header.signal))
         return (
-            f"<p><b>Sample {self.sample:,}</b> <bdi>{escape(key)}</bdi> "
+            f"<p><b>Sample {self.sample:,}</b> <bdi>{escape(readable(key))}</bdi> "
             f"<small>{signal} · {escape(part)}</small></p>"
         )
 

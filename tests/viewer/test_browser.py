@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.viewer.conftest import HOSTILE_NAME, until
+from tests.viewer.conftest import HOSTILE_NAME, SETTLED, until
 
 HOSTILE = quote(HOSTILE_NAME, safe="")
 PAGES = [
@@ -138,13 +138,71 @@ def test_pointing_at_a_token_shows_what_was_expected(look):
     until(page, "location.search.includes('position=9')")
 
 
-def test_an_address_shows_the_same_in_a_fresh_profile(look):
-    path = "/stores/captured/samples/0?measure=label_rank&position=100"
-    page = look().open(path)
-    until(page, "document.querySelector('#panel').dataset.position === '100'")
-    assert page.is_checked("input[value=label_rank]")
-    assert "now" in (page.get_attribute("[data-p='100']", "class") or "")
-    assert "next" in (page.get_attribute("[data-p='101']", "class") or "")
+# What a reader sees of a page and has chosen in it.
+SCREEN = """({
+  text: document.querySelector('main').innerText,
+  title: document.title,
+  tokens: [...document.querySelectorAll('.tk')].map(t => t.textContent + t.className),
+  fields: [...document.querySelectorAll('input, select')].map(f => f.name + f.value + f.checked),
+})"""
+
+
+def _walk_text(page):
+    page.press("[data-p='0']", "5")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    until(page, "document.querySelector('#panel').dataset.position === '3'")
+
+
+def _search(page):
+    page.fill("input[name=text]", "the")
+    page.fill("input[name=least]", "0.5")
+    page.select_option("select[name=measure]", "label_rank")
+    page.select_option("select[name=order]", "sure")
+    page.click("main form button")
+
+
+def _check_bytes(page):
+    page.click("text=Compare its bytes now")
+    page.wait_for_selector(".state.good")
+
+
+def _compare(page):
+    page.select_option("select[name=b]", "narrow")
+    page.select_option("select[name=a]", "captured")
+    page.click("main form button")
+
+
+def _order_compared(page):
+    page.click(".orders >> text=Jensen")
+    page.wait_for_url("**order=js*")
+    until(page, SETTLED)
+    page.check("input[value=overlap]", force=True)
+    page.press("[data-p='0']", "ArrowRight")
+    until(page, "document.querySelector('#panel').dataset.position === '1'")
+
+
+def test_every_view_has_an_address_that_shows_it_in_a_fresh_profile(look):
+    """What clicks and keys lead to, its address opens again (V17)."""
+    seen = look()
+    for start, act in (
+        ("/stores/captured/overview", None),
+        ("/stores/captured/shards/0001-000000", _check_bytes),
+        ("/stores/captured/samples/0", _walk_text),
+        ("/stores/captured/samples/1?position=100&measure=label_rank", None),
+        ("/stores/captured/find", _search),
+        ("/compare", _compare),
+        ("/compare/samples/0?a=captured&b=narrow", _order_compared),
+    ):
+        page = seen.open(start)
+        if act is not None:
+            act(page)
+            until(page, SETTLED)
+        screen = page.evaluate(SCREEN)
+        fresh = look()
+        again = fresh.open(page.url.removeprefix(seen.site))
+        assert again.evaluate(SCREEN) == screen, page.url
+        fresh.context.close()
 
 
 def test_compare_colours_the_text_by_disagreement_and_shows_both_stores(look):

@@ -248,8 +248,18 @@ def test_kept_ids_of_drawn_signals(client, stores):
         assert {e["id"]: e["count"] for e in told["entries"]} == counts
         assert all(e["value"] == pytest.approx(e["count"] / 20) for e in told["entries"])
         assert told["outside"] == {**told["outside"], "mass": None, "kind": "unknown"}
+    p = np.exp(_log_softmax(stores["dense"].sample(1)["logits"]))
     for told in client.get("/stores/threshold/samples/1/kept.json").json()["positions"]:
         heads = told["entries"][: told["heads"]]
+        true = p[told["position"]]
+        order = np.argsort(-true)
+        inside = [e["id"] for e in heads]
+        # Heads are kept in steps of 1/64 of a nat, and what is outside is what they leave.
+        assert told["outside"]["mass"] == pytest.approx(1 - true[inside].sum(), abs=0.01)
+        assert {i for i in range(VOCAB) if true[i] > 0.101} <= {*inside}
+        ranks = {e["id"]: e["rank"] for e in heads if e["rank"] is not None}
+        assert ranks == {int(order[r]): r for r in ranks.values()}
+        assert all(e["rank"] is not None for e in heads if e["value"] > 0.101)
         assert sum(e["value"] for e in heads) + told["outside"]["mass"] == pytest.approx(
             1, abs=1e-5
         )

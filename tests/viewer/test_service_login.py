@@ -33,6 +33,8 @@ def test_a_person_logs_in_sees_their_store_and_logs_out(browser: Any, tmp_path: 
             page.wait_for_url("**/stores/alpha/samples/1?position=2")
             page.wait_for_selector("[data-p='2'].now")
             page.wait_for_selector("#panel .top-k li")
+            # A key stands in no address that a reader may pass on, and in no page.
+            assert keys.alpha not in page.url + page.content()
             seen.open("/")
             assert page.locator(".card").count() == 1
             assert seen.context.cookies()[0]["httpOnly"]
