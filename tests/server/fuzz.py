@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes up from the service's own description.
+"""Requests that schemathesis makes up from the service's description; prints failures, then JSON.
 
     python tests/server/fuzz.py LOCATION EXAMPLES OBJECT
 
@@ -7,8 +7,10 @@ A process of its own: the library brings plugins and settings of pytest and hypo
 
 from __future__ import annotations
 
+import json
 import random
 import sys
+from collections import Counter
 
 import hypothesis
 import schemathesis
@@ -42,7 +44,7 @@ def main() -> int:
             ]
         ),
     ]
-    requests: list[str] = []
+    statuses: Counter[int] = Counter()
 
     def test_of(operation):
         draws = random.Random(0)
@@ -55,21 +57,30 @@ def main() -> int:
                 case.path_parameters["store"] = "s"
             if "name" in case.path_parameters and draws.random() < 0.5:
                 case.path_parameters["name"] = name
-            requests.append(operation.label)
-            case.call_and_validate(checks=chosen)
+            answer = case.call()
+            statuses[answer.status_code] += 1
+            case.validate_response(answer, checks=chosen)
 
         return ask
 
-    failures = 0
+    failures = operations = 0
     for result in schema.get_all_operations():
         operation = result.ok()
+        operations += 1
         try:
             test_of(operation)()
         except Exception as error:
             failures += 1
             print(f"{operation.label}: {error}")
-    print(f"{len(requests)} requests, {failures} failures")
-    return 1 if failures or not requests else 0
+    told = {
+        "operations": operations,
+        "requests": statuses.total(),
+        "server_errors": sum(count for status, count in statuses.items() if status >= 500),
+        "failures": failures,
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
+    }
+    print(json.dumps(told))
+    return 1 if failures or not statuses else 0
 
 
 if __name__ == "__main__":
