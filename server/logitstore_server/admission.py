@@ -13,7 +13,7 @@ from logitstore_server.metrics import REFUSALS
 from logitstore_server.problems import ServiceError, send_problem
 from logitstore_server.settings import ServerSettings
 
-__all__ = ["HostNames", "Limits"]
+__all__ = ["HostNames", "Limits", "has_foreign_host"]
 
 _RATE_BURST_S = 10
 
@@ -33,6 +33,8 @@ class HostNames:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self.allows(scope):
+            if scope["type"] == "http" and not self._knows(scope):
+                scope.setdefault("state", {})["foreign_host"] = True
             await self._app(scope, receive, send)
             return
         REFUSALS.labels("host-not-allowed").inc()
@@ -46,13 +48,21 @@ class HostNames:
     def allows(self, scope: Scope) -> bool:
         """Whether the request names the service by a name of its own."""
         # Probes of an orchestrator come to an address that nobody knows before; they learn nothing.
-        if "*" in self._names or scope["path"] in PROBE_PATHS:
+        return scope["path"] in PROBE_PATHS or self._knows(scope)
+
+    def _knows(self, scope: Scope) -> bool:
+        if "*" in self._names:
             return True
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1:
             return False
         name = _without_port(hosts[0].decode("latin-1").lower())
         return name in self._names or _is_loopback(name)
+
+
+def has_foreign_host(scope: Scope) -> bool:
+    """Whether a probe came under a name that is none of the service's own."""
+    return bool(scope.get("state", {}).get("foreign_host"))
 
 
 class Limits:

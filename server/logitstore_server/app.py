@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from anyio import CapacityLimiter, create_task_group, move_on_after, to_thread
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
@@ -23,7 +24,8 @@ from starlette.concurrency import run_in_threadpool
 from logitstore.spec.errors import LogitstoreError
 from logitstore.spec.version import __version__
 from logitstore_server import croissant, files, rows, samples
-from logitstore_server.access import Visibility
+from logitstore_server.access import Visibility, visible_stores
+from logitstore_server.admission import has_foreign_host
 from logitstore_server.pages import add_pages
 from logitstore_server.problems import ServiceError, install
 from logitstore_server.routing import GetRoute, Problem, problems, registry_of
@@ -32,6 +34,9 @@ from logitstore_server.stores import Registry, ServedStore
 
 __all__ = ["create_app"]
 
+# What asks /readyz waits some seconds itself.
+_LOOK_PATIENCE_S = 2.0
+
 
 class Health(BaseModel):
     """The process answers."""
@@ -39,11 +44,26 @@ class Health(BaseModel):
     status: str = Field(examples=["ok"])
 
 
+class Readiness(BaseModel):
+    """The service is to be sent requests."""
+
+    status: str = Field(examples=["ready"], description="degraded: some stores cannot be opened.")
+    detail: str | None = Field(default=None, examples=["1 of 2 stores cannot be opened"])
+    unavailable: dict[str, str] | None = Field(
+        default=None,
+        description="Kind of the error, by name of the store; only stores that need no key.",
+        examples=[{"demo": "not-a-store"}],
+    )
+
+
 class StoreSummary(BaseModel):
     """One store of the service."""
 
     name: str = Field(description="Its name in URLs.")
     available: bool = Field(description="Whether it can be opened; the rest is null if not.")
+    problem: str | None = Field(
+        default=None, description="Kind of the error, if it cannot.", examples=["not-a-store"]
+    )
     sealed: bool | None = Field(default=None, description="Complete, so it never changes.")
     sample_kind: str | None = Field(default=None, examples=["sequence"])
     signal: str | None = Field(default=None, examples=["topk:64"])
@@ -94,7 +114,13 @@ def create_app(settings: ServerSettings, *, unguarded: bool = False) -> FastAPI:
     croissant.add_routes(app)
     app.get("/v1/stores", tags=["stores"], response_model=StoreList, responses=problems())(stores)
     app.get("/healthz", tags=["service"], response_model=Health, responses=problems())(healthz)
-    app.get("/readyz", tags=["service"], response_model=Health, responses=problems())(readyz)
+    app.get(
+        "/readyz",
+        tags=["service"],
+        response_model=Readiness,
+        response_model_exclude_none=True,
+        responses=problems(),
+    )(readyz)
     app.get("/v1/openapi.json", tags=["service"], responses=problems())(openapi_document)
     add_pages(app, app.state.registry, settings)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -106,18 +132,37 @@ async def healthz() -> Health:
     return Health(status="ok")
 
 
-async def readyz(request: Request) -> Health:
-    """Whether every store can be opened. Before the service stops it says no as well."""
+async def readyz(request: Request) -> Readiness:
+    """Whether any store can be opened, and which cannot. Before the service stops it says no."""
     every = registry_of(request).all()
-    failed = 0
-    for served in every:
-        try:
-            await run_in_threadpool(served.opened)
-        except LogitstoreError:
-            failed += 1
-    if failed:
-        raise ServiceError("store-unavailable", f"{failed} of {len(every)} stores cannot be opened")
-    return Health(status="ready")
+    found: dict[str, str] = {}
+
+    async def look(served: ServedStore) -> None:
+        # Storage without an answer must not keep the others from being told.
+        problem: str | None = "storage-failed"
+        with move_on_after(_LOOK_PATIENCE_S):
+            try:
+                await to_thread.run_sync(served.opened, abandon_on_cancel=True, limiter=limiter)
+                problem = served.problem
+            except LogitstoreError as error:
+                problem = error.kind
+        if problem is not None:
+            found[served.name] = problem
+
+    limiter = CapacityLimiter(max(len(every), 1))
+    async with create_task_group() as group:
+        for served in every:
+            group.start_soon(look, served)
+    if not found:
+        return Readiness(status="ready")
+    detail = f"{len(found)} of {len(every)} stores cannot be opened"
+    # Anybody may ask, under any name: only what is nobody's secret is named.
+    told = {} if has_foreign_host(request.scope) else found
+    shown = {name: told[name] for name in sorted(told.keys() & visible_stores.get())}
+    if len(found) == len(every):
+        named = "".join(f"; {name}: {kind}" for name, kind in shown.items())
+        raise ServiceError("store-unavailable", detail + named)
+    return Readiness(status="degraded", detail=detail, unavailable=shown)
 
 
 async def stores(request: Request) -> StoreList:
@@ -135,8 +180,8 @@ async def openapi_document(request: Request) -> JSONResponse:
 def _summary(served: ServedStore) -> StoreSummary:
     try:
         opened = served.opened()
-    except LogitstoreError:
-        return StoreSummary(name=served.name, available=False)
+    except LogitstoreError as error:
+        return StoreSummary(name=served.name, available=False, problem=error.kind)
     header, index = opened.store.header, opened.index
     return StoreSummary(
         name=served.name,

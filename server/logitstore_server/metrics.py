@@ -27,6 +27,7 @@ __all__ = [
     "REQUESTS",
     "RESPONSE_BYTES",
     "ROWS",
+    "STORE_AVAILABLE",
     "STREAM_SECONDS",
     "VERIFY_FAILURES",
     "count_damage",
@@ -92,6 +93,13 @@ CACHE_READS = Counter(
     "logitstore_cache_reads",
     "Lookups of stores' documents in memory; result is hit or miss.",
     ["result"],
+    registry=_REGISTRY,
+)
+STORE_AVAILABLE = Gauge(
+    "logitstore_store_available",
+    "1 if the store could be opened when a worker last looked, else 0.",
+    ["store"],
+    multiprocess_mode="livemostrecent",
     registry=_REGISTRY,
 )
 VERIFY_FAILURES = Counter(

@@ -8,16 +8,17 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
+import structlog
 
 from logitstore.record.statistics import merge
 from logitstore.spec.commit import ObjectRef
 from logitstore.spec.document import MAX_DOCUMENT_BYTES, read_body, sha256_hex
-from logitstore.spec.errors import NotFoundError
+from logitstore.spec.errors import LogitstoreError, NotFoundError, StorageError
 from logitstore.spec.header import Header
 from logitstore.spec.index import Index, IndexRow, PlanRef
 from logitstore.spec.statistics import Statistics
@@ -43,7 +44,7 @@ from logitstore.store.local import LocalBackend
 from logitstore.store.lru import ProcessLRU
 from logitstore.store.reader import sum_column_bytes
 from logitstore_server.access import visible_stores
-from logitstore_server.metrics import CACHE_READS
+from logitstore_server.metrics import CACHE_READS, STORE_AVAILABLE
 from logitstore_server.problems import store_not_found
 from logitstore_server.settings import StoreEntry
 
@@ -54,11 +55,18 @@ CODINGS = ("zstd", "gzip")
 
 # How old the list of commits of an unsealed store may be, except for its index.
 _MAX_AGE_S = 1.0
+# How often the header of an open store is looked at: a store can be taken away, or replaced.
+_LOOK_S = 5.0
+# How long storage that failed is not asked again: who waits behind a request that met a storage
+# without answer gives up with it, so that threads are left for other stores.
+_FAILURE_S = 2.0
 # Documents, plain and compressed, that a process keeps for one store.
 _CACHED_BYTES = 64 << 20
 # Generations of a shard that are looked for; a repair adds one.
 _MAX_GENERATIONS = 100
 _GZIP_LEVEL = 6
+
+_log: Any = structlog.get_logger("logitstore_server")
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,10 @@ class ServedStore:
         self._header: tuple[Header, Document] | None = None
         self._opened: Opened | None = None
         self._checked_s = float("-inf")
+        self._looking = threading.Lock()
+        self._looked_s = float("-inf")
+        self._failed: tuple[StorageError, float] | None = None
+        self._problem: str | None = None
         # shard, generation -> what its commit says; only of an unsealed store
         self._held: dict[tuple[str, int], _Held] = {}
         self._documents: _CountedLRU[Document] = _CountedLRU(_CACHED_BYTES, _size)
@@ -149,13 +161,20 @@ class ServedStore:
         scope = "public" if self.public else "private"
         return f"{scope}, max-age=31536000, immutable" if immutable else f"{scope}, no-cache"
 
+    @property
+    def problem(self) -> str | None:
+        """Kind of the error that the last look at the store gave, None if it gave none."""
+        return self._problem
+
     def header(self) -> tuple[Header, Document]:
         """The header and its file."""
+        self._look_again()
         with self._lock:
-            return self._read_header()
+            return self._unless_failed(self._read_header)
 
     def opened(self, *, max_age_s: float = _MAX_AGE_S) -> Opened:
         """The store as it is now, or was at most `max_age_s` before."""
+        self._look_again()
         since_s = time.monotonic() - max_age_s
         current = self._opened
         if current is not None and (current.sealed or self._checked_s >= since_s):
@@ -164,7 +183,7 @@ class ServedStore:
             # Whoever waited for the lock takes what the one before found.
             if self._opened is None or self._checked_s < since_s:
                 started_s = time.monotonic()
-                self._opened = self._open(self._opened)
+                self._opened = self._try_to_open()
                 self._checked_s = started_s
             return self._opened
 
@@ -240,6 +259,63 @@ class ServedStore:
         """Release files and connections."""
         self.backend.close()
 
+    def _look_again(self) -> None:
+        """Forget an open store whose header is gone or another one; one thread at a time looks.
+
+        Where that cannot be found out, what is open stays.
+        """
+        known = self._header
+        due_s = self._looked_s + _LOOK_S
+        if known is None or time.monotonic() < due_s or not self._looking.acquire(blocking=False):
+            return
+        try:
+            data = self.backend.get(HEADER_KEY, limit_bytes=MAX_DOCUMENT_BYTES)
+        except LogitstoreError as error:
+            self._note(error)
+            return
+        finally:
+            self._looked_s = time.monotonic()
+            self._looking.release()
+        if data == known[1].data:
+            if self._opened is not None:
+                self._note(None)
+            return
+        with self._lock:
+            if self._header is known:
+                self._header = self._opened = self._tokenizer = None
+                self._held.clear()
+                self._documents.clear()
+                self._old_objects.clear()
+                self.backend.close()
+
+    def _try_to_open(self) -> Opened:
+        try:
+            opened = self._unless_failed(lambda: self._open(self._opened))
+        except LogitstoreError as error:
+            self._note(error)
+            raise
+        self._note(None)
+        return opened
+
+    def _unless_failed(self, ask: Callable[[], V]) -> V:
+        """What storage answers; its last failure, while that is fresh."""
+        if self._failed is not None and time.monotonic() < self._failed[1]:
+            raise self._failed[0].with_traceback(None)
+        try:
+            return ask()
+        except StorageError as error:
+            self._failed = error, time.monotonic() + _FAILURE_S
+            raise
+
+    def _note(self, error: LogitstoreError | None) -> None:
+        """Remember whether the store can be opened, and log when that changes."""
+        before, self._problem = self._problem, None if error is None else error.kind
+        STORE_AVAILABLE.labels(self.name).set(error is None)
+        if error is not None and error.kind != before:
+            _log.error("store unavailable", store=self.name, kind=error.kind, problem=error.message)
+        elif error is None and before is not None:
+            _log.warning("store available again", store=self.name)
+
     def _read_header(self) -> tuple[Header, Document]:
         if self._header is None:
             header, digest = load_header(self.backend)
@@ -247,6 +323,7 @@ class ServedStore:
             if data is None or sha256_hex(read_body(data, where=HEADER_KEY)) != digest:
                 raise NotFoundError("not-a-store", "the header changed while it was read")
             self._header = header, Document(data, digest)
+            self._looked_s = time.monotonic()
         return self._header
 
     def _open(self, before: Opened | None) -> Opened:

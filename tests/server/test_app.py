@@ -163,14 +163,15 @@ def test_lists_name_only_stores_that_the_client_may_see(app, location):
             return client.get("/v1/stores").json()["stores"]
 
     everything = told(app)
-    assert [(each["name"], each["available"]) for each in everything] == [
-        ("s", True),
-        ("gone", False),
+    assert [(each["name"], each["available"], each["problem"]) for each in everything] == [
+        ("s", True, None),
+        ("gone", False, "not-a-store"),
     ]
     with logitstore.store.open(location) as store:
         assert everything[0] == {
             "name": "s",
             "available": True,
+            "problem": None,
             "sealed": True,
             "sample_kind": "sequence",
             "signal": "topk:4",
@@ -184,13 +185,26 @@ def test_lists_name_only_stores_that_the_client_may_see(app, location):
 
 def test_health_is_of_the_process_and_readiness_of_the_stores(client, location):
     assert client.get("/healthz").json() == {"status": "ok"}
-    body = assert_problem(client.get("/readyz"), 503, "/readyz")
+    assert client.get("/readyz").json() == {
+        "status": "degraded",
+        "detail": "1 of 2 stores cannot be opened",
+        "unavailable": {"gone": "not-a-store"},
+    }
+
+    def asked(*stores: str, **options: object):
+        with TestClient(create_app(ServerSettings(stores=stores), **options)) as other:
+            return other.get("/readyz")
+
+    assert asked(f"s={location}", unguarded=True).json() == {"status": "ready"}
+    gone = f"gone={location}-none"
+    body = assert_problem(asked(gone, unguarded=True), 503, "/readyz")
     assert (body["kind"], body["detail"]) == (
         "store-unavailable",
-        "1 of 2 stores cannot be opened",
+        "1 of 1 stores cannot be opened; gone: not-a-store",
     )
-    with TestClient(create_app(ServerSettings(stores=(f"s={location}",)), unguarded=True)) as other:
-        assert other.get("/readyz").json() == {"status": "ready"}
+    # Who may see no store is told no name.
+    assert asked(gone).json()["detail"] == "1 of 1 stores cannot be opened"
+    assert asked(f"s={location}", gone).json()["unavailable"] == {}
 
 
 def test_every_status_belongs_to_a_known_kind():

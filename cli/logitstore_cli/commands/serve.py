@@ -93,7 +93,7 @@ def command(
         raise UsageError(
             "bad-argument", "no store to serve", expected="STORE, or `stores` in the settings"
         )
-    _check_stores([entry.location for entry in settings.stores])
+    _check_stores(out, [(entry.name, entry.location) for entry in settings.stores])
 
     def say(url: str) -> None:
         for entry in settings.stores:
@@ -107,14 +107,22 @@ def _last_part(location: str) -> str:
     return location.rstrip("/").rpartition("/")[2]
 
 
-def _check_stores(locations: list[str]) -> None:
-    """Refuse a location without a store now, rather than answer 503 later."""
+def _check_stores(out: Output, stores: list[tuple[str, str]]) -> None:
+    """Refuse to start where no location has a store; say which has none where others have."""
+    from logitstore.spec.errors import LogitstoreError
     from logitstore.store.connect import connect
     from logitstore.store.documents import load_header
 
-    for location in locations:
+    problems: list[tuple[str, LogitstoreError]] = []
+    for name, location in stores:
         backend = connect(location)
         try:
             load_header(backend)
+        except LogitstoreError as error:
+            problems.append((name, error))
         finally:
             backend.close()
+    if len(problems) == len(stores):
+        raise problems[0][1]
+    for name, problem in problems:
+        out.warn(f"{name} cannot be served until this is mended: {problem.message}")
