@@ -104,8 +104,9 @@ def _vocab_form(
     """Nodes with row sums, and the strongest edges by absolute weight, per segment."""
     node_parts: list[tuple[NDArray[Any], ...]] = []
     edge_parts: list[tuple[NDArray[Any], ...]] = []
+    bounds = np.searchsorted(segment_P, np.arange(num_segments + 1))  # segments ascend
     for segment in range(num_segments):
-        rows = np.flatnonzero(segment_P == segment)
+        rows = slice(bounds[segment], bounds[segment + 1])
         v, ids = values_Pk[rows], ids_Pk[rows]
         nodes, node_of = np.unique(ids, return_inverse=True)
         node_of = node_of.reshape(ids.shape)
