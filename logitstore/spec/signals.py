@@ -16,7 +16,7 @@ import math
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from logitstore.spec.document import Strict
 from logitstore.spec.errors import UsageError
@@ -97,6 +97,14 @@ class ThresholdSpec(Strict):
     tau: str | None = None
     k: Annotated[int, Field(ge=1, le=MAX_IDS)] | None = None
     tail: Literal["pairs"] = "pairs"
+
+    @field_validator("tau")
+    @classmethod
+    def _canonical(cls, tau: str | None) -> str | None:
+        try:
+            return tau if tau is None else str(Fraction(tau))
+        except (ValueError, ZeroDivisionError):
+            return tau  # refused below
 
     @model_validator(mode="after")
     def _one_of(self) -> ThresholdSpec:

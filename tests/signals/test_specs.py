@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from logitstore.spec.errors import UsageError
-from logitstore.spec.signals import parse_signal
+from logitstore.spec.signals import ThresholdSpec, parse_signal
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,12 @@ def test_the_canonical_form_reads_back(typed: str, canonical: str) -> None:
     spec = parse_signal(typed)
     assert str(spec) == canonical
     assert parse_signal(canonical) == spec
+
+
+def test_a_spec_that_is_built_is_canonical_too() -> None:
+    assert ThresholdSpec(tau="0.025") == parse_signal("threshold:tau=2/80")
+    with pytest.raises(ValueError, match="fraction"):
+        ThresholdSpec(tau="many")
 
 
 @pytest.mark.parametrize(
