@@ -143,16 +143,18 @@ def _shown(text: str, *, spaces: bool = False) -> Iterator[str]:
         category = unicodedata.category(character)
         if category.startswith("M"):
             marks += 1
-            if marks > _MOST_MARKS:
-                yield f"‹U+{ord(character):04X}›"
-            else:
+            if marks <= _MOST_MARKS:
                 # A mark without its letter would sit on whatever is shown before it.
                 yield character if based else "◌" + character
             based = True
             continue
+        if marks > _MOST_MARKS:
+            yield f"‹+{marks - _MOST_MARKS} marks›"
         glyph = character if spaces and character == " " else _glyph(character, category)
         marks, based = 0, glyph == character != " "
         yield glyph
+    if marks > _MOST_MARKS:
+        yield f"‹+{marks - _MOST_MARKS} marks›"
 
 
 def _glyph(character: str, category: str) -> str:

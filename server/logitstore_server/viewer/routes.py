@@ -229,6 +229,8 @@ class _Viewer:
             problem=self.told(error),
             damaged=damaged,
             place=place or "STORE",
+            # Of a store that is here; what else was asked for is not repeated.
+            store=name if name in self.stores else None,
         )
 
     def public(self, value: Any) -> Any:

@@ -26,7 +26,7 @@ MASS_LEVELS = ("0.90", "0.95", "0.99")
 _TITLES = {
     "entropy": ("Entropy", "nats"),
     "top1_prob": ("Top-1 probability", "probability"),
-    "kept_mass": ("Kept mass", "share of the teacher's mass"),
+    "kept_mass": ("Kept mass", "share of mass"),
     "num_ids": ("Unique ids", "ids per position"),
     "label_rank_log2": ("Label rank", "log2(1 + rank)"),
     "label_logprob": ("Label log-prob", "nats"),
