@@ -3,18 +3,22 @@ the batches are those of the disk, hash by hash, from Zarr and from Arrow."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
 import logitstore.store
 from logitstore.data import LogitDataset, loader
+from logitstore.spec.errors import IntegrityError, NotFoundError
 from logitstore.store import retry
 from logitstore_server.keys import create_key
 from tests.data_stores import make_header, make_store, random_samples
@@ -159,6 +163,75 @@ def test_a_storm_of_refusals_its_own_and_those_of_a_proxy(serve, folder):
         found,
         expected,
     )
+
+
+def fill(url: str, cache: Path, both: Barrier, results: SimpleQueue[object]) -> None:
+    """An epoch in another process, through the same cache."""
+    wait_shortly()
+    both.wait()
+    results.put(list(epoch(url, cache_dir=cache)))
+
+
+def test_two_processes_fill_a_cache_while_the_service_is_killed(serve, folder, tmp_path):
+    """What is then in the cache is whole, and serves offline; what is missing or damaged is named
+    or fetched again."""
+    service = serve()
+    expected = list(epoch(str(folder / "{}")))
+    cache = tmp_path / "cache"
+    shards = []
+
+    def kill_once(method, path, headers) -> str:
+        if "/shards/" in path:
+            shards.append(path)
+            if len(shards) == 40:
+                service.kill()
+                service.start()
+        return "pass"
+
+    context = multiprocessing.get_context("spawn")
+    both, results = context.Barrier(2), context.SimpleQueue()
+    with FaultProxy(service.url, kill_once) as proxy:
+        url = f"{proxy.url}/v1/stores/{{}}"
+        other = context.Process(target=fill, args=(url, cache, both, results))
+        other.start()
+        both.wait()
+        found = list(epoch(url, cache_dir=cache))
+        found += results.get()
+        other.join()
+        assert service.starts == 2
+        told(
+            "cache",
+            "two processes fill one cache while the service is killed and started again",
+            "1",
+            found,
+            expected * 2,
+        )
+
+        asked = len(proxy.requests)
+        assert list(epoch(url, cache_dir=cache, offline=True)) == expected
+        zarr = url.format("zarr")
+        store = logitstore.store.open(zarr, cache_dir=cache, offline=True)
+        row = store.commit(2).chunks[1]
+        (entry,) = cache.rglob(f"{store.shards[2].object}/{row.offset}-{row.bytes}")
+        store.close()
+        whole = entry.read_bytes()
+        entry.unlink()
+        with pytest.raises(NotFoundError, match="not-cached") as missing:
+            LogitDataset(zarr, cache_dir=cache, offline=True)
+        assert missing.value.data["missing"] == [(store.shards[2].shard, 1)]
+        assert len(proxy.requests) == asked
+
+        entry.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        store = logitstore.store.open(zarr, cache_dir=cache)
+        proxy.rule = lambda method, path, headers: "flip" if "/shards/" in path else "pass"
+        asked = len(proxy.requests)
+        with pytest.raises(IntegrityError, match="chunk-checksum-mismatch") as damaged:
+            store.read_chunk(2, 1)
+        assert damaged.value.data == {"shard": store.shards[2].shard, "chunk": 1}
+        assert len(proxy.requests) == asked + 2
+        proxy.rule = lambda *request: "pass"
+        store.read_chunk(2, 1)
+        assert (len(proxy.requests), entry.read_bytes()) == (asked + 3, whole)
 
 
 def test_killed_ended_and_started_again_with_readers_in_processes_of_their_own(serve, folder):
