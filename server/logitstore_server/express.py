@@ -69,9 +69,13 @@ class _Caller:
     key: Key | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Held:
-    """An object that has been asked for: where it is, and the headers of each part of it."""
+    """An object that has been asked for: where it is, and the headers of each part of it.
+
+    Attributes:
+        descriptor: of its file when it was asked for last; the file may have been closed since.
+    """
 
     store: str
     path: str
@@ -79,6 +83,7 @@ class _Held:
     key: str
     size_bytes: int
     headers: bytes
+    descriptor: int = -1
 
 
 class Express:
@@ -217,7 +222,9 @@ class Lane:
             client=caller.access.client,
             request_id=request_id,
         )
-        express.observation.count_open(express.registry)
+        if file.descriptor != held.descriptor:
+            held.descriptor = file.descriptor
+            express.observation.count_open(express.registry)
         return True
 
     def _find_caller(self, headers: bytes) -> _Caller | None:
