@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import http.server
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -383,6 +385,30 @@ def test_a_token_goes_to_its_hosts_alone(monkeypatch, tmp_path):
         )
         monkeypatch.setenv("LOGITSTORE_TOKEN_FILE", str(file))
         assert [asks_with(echo) for echo in (one, two)] == ["Bearer t1", "Bearer t2"]
+
+
+def test_workers_of_a_fork_server_that_began_without_the_token_are_told(host, monkeypatch):
+    """It keeps the variables of its beginning, and so do all that it starts."""
+
+    def rule(method, path, headers) -> str | int:
+        return "pass" if headers.get("authorization") == "Bearer right" else 401
+
+    with FaultProxy(host.url, rule) as proxy:
+        early = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+        early.start()
+        early.join()
+        monkeypatch.setenv("LOGITSTORE_TOKEN", "right")
+        dataset = LogitDataset(f"{proxy.url}/st", shuffle=True)
+        with pytest.raises(StorageError, match="fork server keeps") as caught:
+            next(iter(loader(dataset, 9, num_workers=1)))
+        assert caught.value.kind == "permission-denied"
+        assert "right" not in str(caught.value)
+        # The same process elsewhere has what it needs, and is told about tokens otherwise.
+        store = copy.deepcopy(dataset.store)
+        store.read_chunk(0, 0)
+        proxy.rule = lambda *request: 401
+        with pytest.raises(StorageError, match="LOGITSTORE_TOKEN_FILE"):
+            store.read_chunk(0, 1)
 
 
 @pytest.mark.parametrize("text", [f"{'x' * 30}! host", "a b c", "a\nb", "http://host token1"])

@@ -10,25 +10,38 @@ which that was, so that theirs is not another one.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import re
+import secrets
 from contextlib import suppress
 from urllib.parse import urlsplit
 
 from logitstore.spec.errors import UsageError
 
 __all__ = [
+    "STALE_ENVIRONMENT",
     "TOKEN",
     "TOKEN_FILE",
     "TOKEN_HOSTS",
     "bearer_token",
     "bound_host",
+    "environment_mark",
+    "is_environment",
     "without_token",
 ]
 
 TOKEN = "LOGITSTORE_TOKEN"
 TOKEN_FILE = "LOGITSTORE_TOKEN_FILE"
 TOKEN_HOSTS = "LOGITSTORE_TOKEN_HOSTS"
+
+STALE_ENVIRONMENT = (
+    "this process has other credentials or addresses in its environment than the one that opened "
+    "the store: a fork server keeps the variables that it began with. Set them before the first "
+    "worker, or start workers with multiprocessing_context='spawn'"
+)
+_CREDENTIALS = ("LOGITSTORE_TOKEN", "AWS_", "GOOGLE_", "AZURE_")
 
 # What RFC 6750 allows in a header; anything else could start another header.
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
@@ -67,6 +80,23 @@ def bound_host() -> str | None:
             if hosts is None:
                 return _bound.get(token)
     return None
+
+
+def environment_mark() -> tuple[bytes, bytes]:
+    """What another process can compare its credentials with, and learn nothing from."""
+    salt = secrets.token_bytes(16)
+    return salt, _environment_digest(salt)
+
+
+def is_environment(mark: tuple[bytes, bytes]) -> bool:
+    """Whether this process has the credentials of the one that made the mark."""
+    salt, digest = mark
+    return hmac.compare_digest(_environment_digest(salt), digest)
+
+
+def _environment_digest(salt: bytes) -> bytes:
+    found = sorted(pair for pair in os.environ.items() if pair[0].startswith(_CREDENTIALS))
+    return hmac.digest(salt, repr(found).encode(), hashlib.sha256)
 
 
 def without_token(text: str) -> str:

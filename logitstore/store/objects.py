@@ -19,11 +19,14 @@ from logitstore.spec.errors import FormatError, IntegrityError, LogitstoreError,
 from logitstore.spec.paths import check_key
 from logitstore.store.backend import Entry
 from logitstore.store.credentials import (
+    STALE_ENVIRONMENT,
     TOKEN,
     TOKEN_FILE,
     TOKEN_HOSTS,
     bearer_token,
     bound_host,
+    environment_mark,
+    is_environment,
     without_token,
 )
 from logitstore.store.local import storage_error
@@ -41,6 +44,12 @@ __all__ = ["ObjectBackend"]
 _RETRIES = 6
 _RETRY_TIMEOUT = timedelta(seconds=60)
 _BUSY = (429, 503)
+
+_TOKEN_HINT = (
+    f"the bearer token is taken from {TOKEN}, or from the file {TOKEN_FILE} names; "
+    f"without {TOKEN_HOSTS} it goes to the first host alone"
+)
+_CREDENTIALS_HINT = "credentials are taken from the environment (AWS_*, GOOGLE_*, AZURE_*)"
 
 _PROBE_RACERS = 8
 _HASH_BLOCK_BYTES = 4 << 20
@@ -72,7 +81,9 @@ class ObjectBackend:
     def __init__(self, location: Location) -> None:
         self.location = location
         self._single_writer = False
-        self._token_host: str | None = None  # in a worker: what the parent's token is for
+        # In a worker: what the parent's token is for, and the credentials that it had.
+        self._token_host: str | None = None
+        self._parents: tuple[bytes, bytes] | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -84,6 +95,7 @@ class ObjectBackend:
             "location": self.location,
             "_single_writer": self._single_writer,
             "_token_host": bound_host(),
+            "_parents": environment_mark(),
         }
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -277,18 +289,19 @@ class ObjectBackend:
                 "the server refuses" if http else "the object store refuses",
                 where=self._where(key),
                 got=_first_lines(error),
-                hint=f"the bearer token is taken from {TOKEN}, or from the file {TOKEN_FILE} names"
-                f"; without {TOKEN_HOSTS} it goes to the first host alone"
-                if http
-                else "credentials are taken from the environment (AWS_*, GOOGLE_*, AZURE_*)",
+                hint=self._stale_hint() or (_TOKEN_HINT if http else _CREDENTIALS_HINT),
             ) from None
         except (BaseError, OSError, ValueError) as error:
             if may_be_missing and isinstance(error, FileNotFoundError):
                 raise
             raise self._storage_failed(key, _first_lines(error)) from None
 
+    def _stale_hint(self) -> str | None:
+        stale = self._parents is not None and not is_environment(self._parents)
+        return STALE_ENVIRONMENT if stale else None
+
     def _storage_failed(self, key: str, told: str) -> StorageError:
-        missing = _missing_credentials(self.location, told)
+        missing = _missing_credentials(self.location, told, self._stale_hint())
         if missing is not None:
             return missing
         status = _status(told)
@@ -385,7 +398,9 @@ _VARIABLES = {
 }
 
 
-def _missing_credentials(location: Location, told: str) -> StorageError | None:
+def _missing_credentials(
+    location: Location, told: str, hint: str | None = None
+) -> StorageError | None:
     if not (any(s in told for s in _METADATA_SERVICES) or "Account must be specified" in told):
         return None
     return StorageError(
@@ -394,6 +409,7 @@ def _missing_credentials(location: Location, told: str) -> StorageError | None:
         where=location,
         got=told,
         expected=_VARIABLES.get(str(location).partition(":")[0]),
+        hint=hint,
     )
 
 
