@@ -2,7 +2,7 @@
 
     python benchmarks/security.py                    # the report in benchmarks/reports/
     python benchmarks/security.py --tiny --out X     # seconds; what the test runs
-    python benchmarks/security.py --parts slow keys  # these again; the others stay in the report
+    python benchmarks/security.py --parts slow       # this again; the others stay in the report
 
 Each part stands in a module of its own, `security_<part>.py`, which says what it does. Everything
 runs in real processes: parsers, `logitstore serve`, `logitstore view`, the command line, Chromium.
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
-    parser.add_argument("--parts", nargs="+", choices=("fuzz", *PARTS), default=("fuzz", *PARTS))
+    parser.add_argument("--parts", nargs="*", choices=("fuzz", *PARTS), default=("fuzz", *PARTS))
     parser.add_argument("--seed", type=int, default=1, help="of the fuzzed inputs")
     options = parser.parse_args()
     before = options.out / "security.json"
@@ -92,6 +92,9 @@ def main() -> None:
         result[part] = {**found, "part_s": time.monotonic() - start_s}
     packages = ("uvicorn", "starlette", "fastapi", "pydantic", "schemathesis", "obstore", "zarr")
     result["environment"] = {**environment(), **{name: version(name) for name in packages}}
+    # Parts may have been run one by one.
+    tiny = " --tiny" if options.tiny else ""
+    result["environment"]["command"] = f"python benchmarks/security.py --seed {options.seed}{tiny}"
     write_report(options.out, "security", result, page(result))
     print((options.out / "security.md").read_text(encoding="utf-8"))
 

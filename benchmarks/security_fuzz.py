@@ -16,7 +16,6 @@ import base64
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -357,7 +356,6 @@ def run_target(
     crashes = hangs = accepted = 0
     slowest_s = 0.0
     seeds, run = target.build(folder)
-    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number, data in _inputs(seeds, seed, first, count, progress, is_json=target.is_json):
         start_s = time.process_time()
         try:
@@ -375,7 +373,6 @@ def run_target(
         if took_s > HANG_S:
             hangs += 1
             found.append({"number": number, "what": f"took {took_s:.1f} s"})
-    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "executions": count,
         "accepted": accepted,
@@ -383,7 +380,6 @@ def run_target(
         "crashes": crashes,
         "hangs": hangs,
         "slowest_ms": slowest_s * 1e3,
-        "peak_rss_above_mb": (peak_kb - before_kb) * 1024 / 1e6,
         "found": found[:20],
     }
 

@@ -109,7 +109,7 @@ def _timing_figure(result: dict[str, Any]) -> str:
     said = []
     for how, found in result.items():
         if isinstance(found, dict):
-            said.append(f"{how} {_interval(found['differences'][0])}")
+            said.append(f"{how} {_interval(found['differences'][1])}")
     return "; ".join(said)
 
 
@@ -131,7 +131,6 @@ def _fuzz(result: dict[str, Any]) -> list[str]:
             str(row["crashes"]),
             str(row["hangs"]),
             f"{row.get('slowest_ms', 0):.0f}",
-            f"{row.get('peak_rss_above_mb', 0):.0f}",
         ]
         for row in result["rows"]
     ]
@@ -147,7 +146,7 @@ def _fuzz(result: dict[str, Any]) -> list[str]:
         "outside our own tree, a failed check of the result, a 5xx, or the end of the process. "
         f"{result['part_s'] / 60:.1f} minutes.",
         "",
-        *table([*head, "memory, MB"], rows),
+        *table(head, rows),
         *([""] if found else []),
         *found,
     ]
