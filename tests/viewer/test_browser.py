@@ -159,23 +159,26 @@ def _search(page):
     page.fill("input[name=least]", "0.5")
     page.select_option("select[name=measure]", "label_rank")
     page.select_option("select[name=order]", "sure")
-    page.click("main form button")
+    with page.expect_navigation():
+        page.click("main form button")
 
 
 def _check_bytes(page):
-    page.click("text=Compare its bytes now")
+    with page.expect_navigation():
+        page.click("text=Compare its bytes now")
     page.wait_for_selector(".state.good")
 
 
 def _compare(page):
     page.select_option("select[name=b]", "narrow")
     page.select_option("select[name=a]", "captured")
-    page.click("main form button")
+    with page.expect_navigation():
+        page.click("main form button")
 
 
 def _order_compared(page):
-    page.click(".orders >> text=Jensen")
-    page.wait_for_url("**order=js*")
+    with page.expect_navigation(url="**order=js*"):
+        page.click(".orders >> text=Jensen")
     until(page, SETTLED)
     page.check("input[value=overlap]", force=True)
     page.press("[data-p='0']", "ArrowRight")
