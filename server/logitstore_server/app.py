@@ -10,7 +10,7 @@ answers nothing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -135,24 +135,8 @@ async def healthz() -> Health:
 async def readyz(request: Request) -> Readiness:
     """Whether any store can be opened, and which cannot. Before the service stops it says no."""
     every = registry_of(request).all()
-    found: dict[str, str] = {}
-
-    async def look(served: ServedStore) -> None:
-        # Storage without an answer must not keep the others from being told.
-        problem: str | None = "storage-failed"
-        with move_on_after(_LOOK_PATIENCE_S):
-            try:
-                await to_thread.run_sync(served.opened, abandon_on_cancel=True, limiter=limiter)
-                problem = served.problem
-            except LogitstoreError as error:
-                problem = error.kind
-        if problem is not None:
-            found[served.name] = problem
-
-    limiter = CapacityLimiter(max(len(every), 1))
-    async with create_task_group() as group:
-        for served in every:
-            group.start_soon(look, served)
+    problems = await _look_at(every)
+    found = {name: kind for name, kind in problems.items() if kind is not None}
     if not found:
         return Readiness(status="ready")
     detail = f"{len(found)} of {len(every)} stores cannot be opened"
@@ -167,9 +151,36 @@ async def readyz(request: Request) -> Readiness:
 
 async def stores(request: Request) -> StoreList:
     """The stores that the client may read, in the order of the service's settings."""
+    every = list(registry_of(request))
+    problems = await _look_at(every)
     return StoreList(
-        stores=[await run_in_threadpool(_summary, served) for served in registry_of(request)]
+        stores=[
+            StoreSummary(name=served.name, available=False, problem=problems[served.name])
+            if problems[served.name] is not None
+            else await run_in_threadpool(_summary, served)
+            for served in every
+        ]
     )
+
+
+async def _look_at(every: Sequence[ServedStore]) -> dict[str, str | None]:
+    """Kind of the error by name of the store, None for those that can be opened."""
+    # Until it is known better: storage without an answer must not keep the others from being told.
+    found: dict[str, str | None] = {served.name: "storage-failed" for served in every}
+
+    async def look(served: ServedStore) -> None:
+        with move_on_after(_LOOK_PATIENCE_S):
+            try:
+                await to_thread.run_sync(served.opened, abandon_on_cancel=True, limiter=limiter)
+                found[served.name] = served.problem
+            except LogitstoreError as error:
+                found[served.name] = error.kind
+
+    limiter = CapacityLimiter(max(len(every), 1))
+    async with create_task_group() as group:
+        for served in every:
+            group.start_soon(look, served)
+    return found
 
 
 async def openapi_document(request: Request) -> JSONResponse:

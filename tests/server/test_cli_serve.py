@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 import logitstore.store
+from logitstore_cli.commands import serve
 from logitstore_cli.main import run
+from logitstore_cli.output import Output
 from tests import store_push
 
 PROGRAM = [sys.executable, "-c", "from logitstore_cli.main import main; main()", "serve"]
@@ -61,6 +64,19 @@ def test_two_workers_serve_two_stores_and_end_on_sigterm(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_storage_without_an_answer_does_not_keep_the_start_waiting(tmp_path, monkeypatch, capsys):
+    store_push.push(str(tmp_path / "s"), "zarr", shards=1)
+    monkeypatch.setattr(serve, "_LOOK_PATIENCE_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+        stores = [("here", str(tmp_path / "s")), ("far", "s3://bucket/s"), ("none", "/none")]
+        serve._check_stores(Output(), stores)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "warning: far has not answered within 0.5 s"
+    assert lines[1].startswith("warning: none cannot be served until this is mended: [not-a-store]")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import click
 
 from logitstore_cli import command as form
 from logitstore_cli.output import Output, pass_output
+
+_LOOK_PATIENCE_S = 5.0
 
 
 @form.command(
@@ -108,21 +112,37 @@ def _last_part(location: str) -> str:
 
 
 def _check_stores(out: Output, stores: list[tuple[str, str]]) -> None:
-    """Refuse to start where no location has a store; say which has none where others have."""
+    """Refuse to start where no location has a store; say which has none where others may have."""
     from logitstore.spec.errors import LogitstoreError
     from logitstore.store.connect import connect
     from logitstore.store.documents import load_header
 
-    problems: list[tuple[str, LogitstoreError]] = []
-    for name, location in stores:
+    found: dict[str, LogitstoreError | None] = {}
+
+    def look(name: str, location: str) -> None:
         backend = connect(location)
         try:
             load_header(backend)
+            found[name] = None
         except LogitstoreError as error:
-            problems.append((name, error))
+            found[name] = error
         finally:
             backend.close()
+
+    # Not awaited by anything: storage without an answer must not keep the others waiting.
+    looks = [threading.Thread(target=look, args=store, daemon=True) for store in stores]
+    until_s = time.monotonic() + _LOOK_PATIENCE_S
+    for each in looks:
+        each.start()
+    for each in looks:
+        each.join(max(0.0, until_s - time.monotonic()))
+    known = dict(found)
+    problems = {name: error for name, error in known.items() if error is not None}
     if len(problems) == len(stores):
-        raise problems[0][1]
-    for name, problem in problems:
-        out.warn(f"{name} cannot be served until this is mended: {problem.message}")
+        raise next(problems[name] for name, _ in stores)
+    for name, _ in stores:
+        if name not in known:
+            out.warn(f"{name} has not answered within {_LOOK_PATIENCE_S:g} s")
+        elif name in problems:
+            message = problems[name].message
+            out.warn(f"{name} cannot be served until this is mended: {message}")
