@@ -189,9 +189,10 @@ def _keep(client: socket.socket, kind: str, shard: str, stop: Any) -> bool:
             client.sendall(head + b"X-Half: ")
         elif kind == "slow reader":
             client.sendall(head + b"\r\n")
+        trickle = iter(head + b"X-Slow: " + b"x" * 10_000)
         while not stop.wait(1.0):
             if kind == "a byte a second":
-                client.sendall(b"G")
+                client.sendall(bytes([next(trickle)]))
             try:
                 if not client.recv(1):
                     return True

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import http
+import socket
+import struct
 from typing import Any, Literal
 
 from uvicorn import Config
@@ -35,6 +37,8 @@ from logitstore_server.settings import ServerSettings
 __all__ = ["SWEEP_S", "GuardedConfig", "GuardedProtocol"]
 
 SWEEP_S = 0.5
+# Linger for no time: what was not sent is thrown away when the socket is closed.
+_RESET = struct.pack("ii", 1, 0)
 
 
 class GuardedConfig(Config):
@@ -175,7 +179,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """Drop the client if it has kept the server waiting too long."""
         if self._reads_too_slowly(now_s):
             DROPPED_CONNECTIONS.labels("slow-reader").inc()
-            # Not close(), which would wait until the client has read what is buffered.
+            # Not close(), which would wait until the client has read what is buffered. And a reset,
+            # or the system would go on to send the megabytes that it holds, at the client's pace.
+            connection = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.transport.abort()
         elif self.transport.is_closing() or self._phase is None:
             return
