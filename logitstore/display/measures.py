@@ -7,7 +7,7 @@ fitted to a sample: the same colour is the same value everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from logitstore.record import Record
 from logitstore.record.sequences import IGNORE, has_label, labels
 from logitstore.spec.header import Header
 
-__all__ = ["MEASURES", "Measured", "Scale", "measure_sample"]
+__all__ = ["MEASURES", "Measured", "Scale", "derives_from_logits", "measure_sample"]
 
 Values = NDArray[np.float64]
 
@@ -109,12 +109,23 @@ class Measured:
     values: Values | None
 
 
-def measure_sample(entries: SampleEntries) -> dict[str, Measured]:
-    """All measures of a sample, in the order of `MEASURES`."""
+def derives_from_logits(record: Record, names: Iterable[str]) -> bool:
+    """Whether any of these measures takes a pass over the whole vocabulary of every position."""
+    if "logits" not in record:
+        return False
+    return any(name in _COLUMNS and _COLUMNS[name] not in record for name in names)
+
+
+def measure_sample(
+    entries: SampleEntries, names: Iterable[str] = tuple(MEASURES)
+) -> dict[str, Measured]:
+    """These measures of a sample; default: all, in the order of `MEASURES`."""
     record, header = entries.record, entries.header
-    dense = log_softmax(record["logits"]) if "logits" in record else None
+    names = tuple(names)
+    dense = log_softmax(record["logits"]) if derives_from_logits(record, names) else None
     found: dict[str, Measured] = {}
-    for name, scale in MEASURES.items():
+    for name in names:
+        scale = MEASURES[name]
         source, how, values = _FINDERS[name](record, entries, dense)
         if values is None:
             found[name] = Measured(scale, "unavailable", how or _missing(scale, header), None)
@@ -122,6 +133,14 @@ def measure_sample(entries: SampleEntries) -> dict[str, Measured]:
             found[name] = Measured(scale, source, how, np.asarray(values, np.float64))
     return found
 
+
+# Where a measure is stored as a column, that column.
+_COLUMNS = {
+    "entropy": "entropy",
+    "top1_prob": "top1_logprob",
+    "label_logprob": "label_logprob",
+    "label_rank": "label_rank",
+}
 
 Found = tuple[str, str, Any]
 _NONE: Found = ("", "", None)
@@ -187,7 +206,7 @@ def _label_rank(record: Record, entries: SampleEntries, dense: Values | None) ->
 
 
 def _kept_mass(record: Record, entries: SampleEntries, dense: Values | None) -> Found:
-    if dense is not None:
+    if "logits" in record:
         return "derived", "every id is stored", np.ones(record.num_positions)
     if "log_tail" in record:
         values = -np.expm1(record["log_tail"].astype(np.float64))

@@ -396,6 +396,19 @@ def test_find_sorts_and_filters_by_measure_and_tells_its_cap(client, stores, mon
     assert "Look at the next chunks" in client.get("/stores/topk/find?measure=entropy").text
 
 
+def test_a_search_derives_no_more_from_dense_logits_than_its_bound(client, stores, monkeypatch):
+    monkeypatch.setattr(find_module, "MAX_CELLS", 1)
+    derived = client.get("/stores/dense/find.json?measure=top1_prob").json()
+    assert (derived["chunks_looked_at"], derived["partial"]) == (1, True)
+    assert derived["next"] == {"shards_from": 0, "skip": 1}
+    stored = client.get("/stores/topk/find.json?measure=entropy").json()
+    assert stored["chunks_looked_at"] == stored["num_chunks"] > 1
+    truth = np.exp(_log_softmax(stores["dense"].sample(3)["logits"])).max(-1).mean()
+    monkeypatch.undo()
+    every = client.get("/stores/dense/find.json?measure=top1_prob").json()["results"]
+    assert next(r["value"] for r in every if r["sample"] == 3) == pytest.approx(truth, rel=1e-4)
+
+
 def test_a_search_among_many_shards_goes_on_until_all_were_searched(client, stores, monkeypatch):
     monkeypatch.setattr(find_module, "MAX_SHARDS", 1)
     monkeypatch.setattr(find_module, "MAX_CHUNKS", 1)

@@ -18,18 +18,20 @@ from numpy.typing import NDArray
 
 from logitstore.display.entries import SampleEntries
 from logitstore.display.glyphs import readable, visible
-from logitstore.display.measures import MEASURES, measure_sample
+from logitstore.display.measures import MEASURES, derives_from_logits, measure_sample
 from logitstore.record import Record
 from logitstore.record.sequences import IGNORE, labels
 from logitstore.spec.errors import LogitstoreError, UsageError
 from logitstore_server.viewer.sample_page import number
 from logitstore_server.viewer.viewed_store import ViewedStore
 
-__all__ = ["MAX_CHUNKS", "MAX_RESULTS", "MAX_SHARDS", "find"]
+__all__ = ["MAX_CELLS", "MAX_CHUNKS", "MAX_RESULTS", "MAX_SHARDS", "find"]
 
 MAX_CHUNKS = 64
 # Commits that one search may have to read, a millisecond each.
 MAX_SHARDS = 512
+# Dense logits that one search derives a measure from, some seconds' worth.
+MAX_CELLS = 1 << 27
 MAX_RESULTS = 100
 _LARGEST = 1 << 53
 # Bytes of text shown before and after a hit.
@@ -92,7 +94,7 @@ def find(viewed: ViewedStore, query: Mapping[str, str]) -> dict[str, Any]:
     }
     results: list[dict[str, Any]] = []
     problems: list[dict[str, Any]] = []
-    looked = 0
+    looked = cells = 0
     for shard, chunk, first in islice(everything, asked.skip, asked.skip + MAX_CHUNKS):
         looked += 1
         try:
@@ -100,8 +102,12 @@ def find(viewed: ViewedStore, query: Mapping[str, str]) -> dict[str, Any]:
         except LogitstoreError as error:
             problems.append({"shard": viewed.store.shards[shard].shard, **error.as_dict()})
             continue
+        if derives_from_logits(record, (asked.measure,)):
+            cells += record.num_positions * viewed.header.vocab_size
         for row in range(record.num_samples):
             results.extend(_matches(viewed, record.sample(row), first + row, asked))
+        if cells > MAX_CELLS:
+            break
     results = [r for r in results if _inside(r["value"], asked)]
     if asked.order != "corpus":
         sign = 1 if (asked.order == "unsure") == MEASURES[asked.measure].rising else -1
@@ -229,7 +235,11 @@ def _matches(
     key = next(iter(record.sample_keys()), "")
     if asked.key and asked.key not in key:
         return
-    values = measure_sample(SampleEntries(record, viewed.header))[asked.measure].values
+    hits = list(_hits(viewed, record, asked))
+    if not hits and (asked.text or asked.token is not None):
+        return
+    found = measure_sample(SampleEntries(record, viewed.header), (asked.measure,))
+    values = found[asked.measure].values
     result = {"sample": sample, "sample_key": readable(key)}
     if not asked.text and asked.token is None:
         mean = None
@@ -248,7 +258,7 @@ def _matches(
             "after": "",
         }
         return
-    for position, before, hit, after in _hits(viewed, record, asked):
+    for position, before, hit, after in hits:
         yield {
             **result,
             "position": position,
@@ -264,7 +274,7 @@ def _hits(
     viewed: ViewedStore, record: Record, asked: _Query
 ) -> Iterator[tuple[int, str, str, str]]:
     """(position, text before, hit, text after)."""
-    if "tokens" not in record:
+    if "tokens" not in record or not (asked.text or asked.token is not None):
         return
     tokens = record["tokens"]
     pieces = _bytes(viewed, record)
