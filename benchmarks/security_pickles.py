@@ -115,7 +115,7 @@ def _npy(case: Case) -> Words:
 
 
 def _npz(case: Case) -> Words:
-    np.savez(case.folder / "images.npz", x=case.objects(), y=case.objects())
+    np.savez(case.folder / "images.npz", inputs=case.objects(), labels=case.objects())
     return _classify(case, case.folder / "images.npz")
 
 
