@@ -75,7 +75,11 @@ class LiveService:
                 env=self._environment,
             )
         if wait:
-            self.wait_until_it_answers()
+            try:
+                self.wait_until_it_answers()
+            except BaseException:
+                self.kill()
+                raise
 
     def wait_until_it_answers(self) -> None:
         until = time.monotonic() + _PATIENCE_S
