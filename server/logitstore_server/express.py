@@ -179,7 +179,8 @@ class Lane:
         started_s = time.perf_counter()
         line = _LINE.match(data)
         part = _RANGE.search(data, line.end()) if line else None
-        if line is None or part is None:
+        # A range behind the end of the headers is no header.
+        if line is None or part is None or not data.endswith(b"\r\n\r\n"):
             return False
         express = self._express
         caller = self._find_caller(data[line.end() : part.start()] + data[part.end() :])

@@ -151,6 +151,9 @@ def test_what_is_not_plain_takes_the_long_way(
         client.sendall(head[100:].encode())
         assert answer(client)[0] == 206
         assert ask(client, f"{path}?", bearer, part)[0] == 206
+        with live.connect() as other:
+            other.sendall(head.replace(part, f"\r\n{part}")[:-2].encode())
+            assert answer(other)[0] == 400
         long = log_lines(live, path, keys.alpha)[3:]
         assert len(long) == 11  # all but that with two hosts, which is nobody's
         assert 0 not in [line["stream_s"] for line in long]
