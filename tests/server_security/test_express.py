@@ -155,11 +155,11 @@ def test_what_is_not_plain_takes_the_long_way(
             other.sendall(head.replace(part, f"\r\n{part}")[:-2].encode())
             assert answer(other)[0] == 400
         long = log_lines(live, path, keys.alpha)[3:]
-        assert len(long) == 11  # all but that with two hosts, which is nobody's
+        assert len(long) == 12  # all but that with two hosts, which is nobody's
         assert 0 not in [line["stream_s"] for line in long]
         # The next is plain again.
         assert ask(client, path, bearer, part)[2] == ask(client, path, bearer, part)[2]
-        assert [line["stream_s"] for line in log_lines(live, path, keys.alpha)[14:]] == [0, 0]
+        assert [line["stream_s"] for line in log_lines(live, path, keys.alpha)[15:]] == [0, 0]
 
 
 def test_a_connection_of_several_callers_shows_each_what_is_theirs(
