@@ -45,6 +45,7 @@ def peak_of(mode: str, length: int, vocab_size: int) -> float:
     from logitstore.spec.header import TeacherInfo
     from logitstore.spec.signals import parse_signal
     from logitstore.teachers.causal_lm import CausalLM
+    from logitstore.teachers.folder import LoadedFolder
 
     torch.set_num_threads(1)
     model = LlamaForCausalLM(
@@ -59,7 +60,8 @@ def peak_of(mode: str, length: int, vocab_size: int) -> float:
             tie_word_embeddings=True,
         )
     ).eval()
-    teacher = CausalLM("random", Path(), model, ByteTokenizer(vocab_size), 1)
+    loaded = LoadedFolder(name="random", path=Path(), model=model, tokenizer=None, threads=1)
+    teacher = CausalLM(loaded, ByteTokenizer(vocab_size))
     assert teacher.settings["head"] == "blocks"
     if mode == "whole":
         teacher._blocks = False

@@ -100,6 +100,14 @@ def writer(
     spec = signal if hasattr(signal, "kind") else parse_signal(signal)
     if isinstance(aux, str):
         aux = (aux,)
+    if spec.kind == "scores" and sample_kind == "sequence":
+        raise UsageError(
+            "bad-argument",
+            "scores of given candidates belong to an anchor, not to the tokens of a sequence",
+            where="writer",
+            got=f"signal {spec} with sample_kind='sequence'",
+            expected="sample_kind='classification': a sample is an anchor",
+        )
     if sample_kind == "sequence" and not labelled:
         raise UsageError(
             "bad-argument",

@@ -151,6 +151,15 @@ class CaptureSettings:
                         got=getattr(self, name),
                         expected=f"options of --task {self.task}",
                     )
+        if self.signal.strip().partition(":")[0] == "scores":
+            raise UsageError(
+                "bad-argument",
+                "a teacher gives logits; scores are of candidates that you choose",
+                where="--signal",
+                got=self.signal,
+                expected="another signal",
+                hint="push them: ls.writer(...).add_scores(ids, scores)",
+            )
         if self.seq_len > 65_536:
             # segment_ids are 16-bit, and a window may hold as many documents as tokens
             raise UsageError(

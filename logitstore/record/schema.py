@@ -194,16 +194,8 @@ def aux_fields(
             sequences: load-time probes need it.
         labelled: whether classification samples have labels.
 
-    Raises: UsageError unknown-aux; bad-argument for scores of sequences.
+    Raises: UsageError unknown-aux.
     """
-    if signal.kind == "scores" and sample_kind == "sequence":
-        raise UsageError(
-            "bad-argument",
-            "scores of given candidates belong to an anchor, not to the tokens of a sequence",
-            where=f"signal {signal}",
-            got="samples that are sequences",
-            expected="ls.writer(..., sample_kind='classification') and add_scores(ids, scores)",
-        )
     _, _, defaults, impossible = layout_of(signal, vocab_size)
     if sample_kind != "sequence":
         impossible |= _SEQUENCE_ONLY

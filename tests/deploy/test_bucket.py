@@ -33,19 +33,19 @@ def test_bucket_is_made_once_with_versions_and_a_lifecycle(
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": "one",
         "AWS_SECRET_ACCESS_KEY": "two",
-        "LOGITSTORE_BUCKET": "stores",
+        "LOGITSTORE_BUCKET": "deployed",
     }.items():
         monkeypatch.setenv(name, value)
     main = runpy.run_path(str(REPOSITORY / "deploy/make_bucket.py"))["main"]
 
     main()
-    made = ["bucket stores made", "versioning set", "lifecycle set"]
+    made = ["bucket deployed made", "versioning set", "lifecycle set"]
     assert capsys.readouterr().out.splitlines() == made
     main()
-    assert capsys.readouterr().out.splitlines() == ["bucket stores is there", *made[1:]]
+    assert capsys.readouterr().out.splitlines() == ["bucket deployed is there", *made[1:]]
     s3 = boto3.client("s3")
-    assert s3.get_bucket_versioning(Bucket="stores")["Status"] == "Enabled"
-    rules = s3.get_bucket_lifecycle_configuration(Bucket="stores")["Rules"]
+    assert s3.get_bucket_versioning(Bucket="deployed")["Status"] == "Enabled"
+    rules = s3.get_bucket_lifecycle_configuration(Bucket="deployed")["Rules"]
     assert {rule["ID"] for rule in rules} == {"removed-objects", "unfinished-uploads"}
     # Nothing that is in use may ever expire.
     assert not [rule for rule in rules if "Expiration" in rule or "Transitions" in rule]
