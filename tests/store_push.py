@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -55,6 +57,30 @@ K = 4
 TABLE = TokenizerTable(
     (b"<s>", *(bytes([32 + i]) for i in range(1, 95)), b"\xe2\x82", b"\xac"), frozenset({0})
 )
+
+
+def race(location: str, committers: int) -> str:
+    """Threads that commit one shard of a new store at once. Returns the attempt of the one that
+    won; the others must all have been told so."""
+    writer = store.create(location, header())
+    planned = writer.add_plan(plan(writer.header, 1))
+    barrier = threading.Barrier(committers)
+
+    def commit(_: int) -> str:
+        with writer.begin("0001-000000", planned) as attempt:
+            added = record(writer.header, "0001-000000", 0)
+            attempt.add(added)
+            barrier.wait()
+            try:
+                attempt.commit(statistics=statistics_of(added))
+                return attempt.attempt
+            except CommitError as error:
+                return error.kind
+
+    with ThreadPoolExecutor(committers) as pool:
+        outcomes = list(pool.map(commit, range(committers)))
+    (winner,) = [o for o in outcomes if o != "already-committed"]
+    return winner
 
 
 def header(container: str = "zarr", seed: int = 0) -> Header:

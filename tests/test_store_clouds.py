@@ -18,7 +18,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from email.utils import formatdate
 from importlib.util import find_spec
@@ -28,8 +27,7 @@ import pytest
 
 from logitstore import store
 from logitstore.data import LogitDataset, loader
-from logitstore.record.statistics import statistics_of
-from logitstore.spec.errors import CommitError, NotFoundError
+from logitstore.spec.errors import NotFoundError
 from logitstore.store.connect import connect
 from tests import store_push
 from tests.data_stores import make_store, random_samples
@@ -136,25 +134,7 @@ def test_azure_takes_writes_reads_copies_and_training(container, tmp_path):
 
 
 def test_of_racing_committers_in_azure_one_wins(container):
-    writer = store.create(container, store_push.header())
-    planned = writer.add_plan(store_push.plan(writer.header, 1))
-    barrier = threading.Barrier(8)
-
-    def race(_: int) -> str:
-        with writer.begin("0001-000000", planned) as attempt:
-            record = store_push.record(writer.header, "0001-000000", 0)
-            attempt.add(record)
-            barrier.wait()
-            try:
-                attempt.commit(statistics=statistics_of(record))
-                return attempt.attempt
-            except CommitError as error:
-                return error.kind
-
-    with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(race, range(8)))
-    winners = [o for o in outcomes if o != "already-committed"]
-    assert winners == [store.open(container).commit(0).attempt]
+    assert store_push.race(container, 8) == store.open(container).commit(0).attempt
     found = connect(container).list("shards")
     assert [entry.key for entry in found] == [f"shards/{store.open(container).shards[0].object}"]
     assert store.verify(container, full=True).ok

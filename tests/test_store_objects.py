@@ -14,14 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from logitstore import store
-from logitstore.record.statistics import statistics_of
 from logitstore.spec.errors import CommitError, IntegrityError, NotFoundError, StorageError
 from logitstore.store import objects, retry
 from tests import store_push
@@ -167,25 +165,7 @@ def test_an_unsealed_store_in_a_bucket_grows_and_is_collected(bucket):
 
 
 def test_of_32_racing_committers_in_a_bucket_one_wins(bucket):
-    writer = store.create(bucket, store_push.header())
-    planned = writer.add_plan(store_push.plan(writer.header, 1))
-    barrier = threading.Barrier(32)
-
-    def race(_: int) -> str:
-        with writer.begin("0001-000000", planned) as attempt:
-            record = store_push.record(writer.header, "0001-000000", 0)
-            attempt.add(record)
-            barrier.wait()
-            try:
-                attempt.commit(statistics=statistics_of(record))
-                return attempt.attempt
-            except CommitError as error:
-                return error.kind
-
-    with ThreadPoolExecutor(32) as pool:
-        outcomes = list(pool.map(race, range(32)))
-    winners = [o for o in outcomes if o != "already-committed"]
-    assert winners == [store.open(bucket).commit(0).attempt]
+    assert store_push.race(bucket, 32) == store.open(bucket).commit(0).attempt
     assert store.verify(bucket, full=True).ok
     report("race-s3", "32 committers of one shard, 1 winner")
 
