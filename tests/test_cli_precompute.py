@@ -207,7 +207,7 @@ def test_a_bad_configuration_file_is_refused(tmp_path, capsys, content, says):
     [
         ("bigram", ("--signal", "topk:261"), "k-exceeds-vocabulary", 2),
         ("bigram", ("--signal", "topq:3"), "unknown-signal", 2),
-        ("bigram", ("--signal", "scores:3"), "bad-argument", 2),
+        ("bigram", ("--signal", "scores:3"), "unknown-signal", 2),
         ("bigram", ("--aux", "colour"), "unknown-aux", 2),
         ("bigram", ("--workers", "0"), "bad-argument", 2),
         ("bigram", ("--text-key", "body"), "bad-argument", 2),

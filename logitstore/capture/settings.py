@@ -153,7 +153,7 @@ class CaptureSettings:
                     )
         if self.signal.strip().partition(":")[0] == "scores":
             raise UsageError(
-                "bad-argument",
+                "unknown-signal",
                 "a teacher gives logits; scores are of candidates that you choose",
                 where="--signal",
                 got=self.signal,
