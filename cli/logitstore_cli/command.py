@@ -18,6 +18,7 @@ from logitstore_cli.output import Output
 
 __all__ = [
     "DOCS",
+    "FAILED",
     "HELP_FLAGS",
     "Command",
     "Group",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 DOCS = "docs/commands.md"
+# Exit code: what was looked at is not as it should be.
+FAILED = 4
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")

@@ -142,32 +142,31 @@ def new_header(
     if rank_ids:
         _check_ranks(signal, container)
         features.append(RANKS_FEATURE)
-    fields: dict[str, Any] = {
-        "reader_features": tuple(features),
-        "store_uuid": uuid.uuid4().hex,
-        "created": now(),
-        "writer": software(),
-        "container": container,
-        "sample_kind": sample_kind,
-        "alignment": "next-token" if sample_kind == "sequence" else "none",
-        "signal": signal,
-        "vocab_size": vocab_size,
-        "chunk_positions": chunk_positions,
-        "schema_": schema,
-        "lse_at": temperatures,
-        "always_ids": always,
-        "seed": seed,
-        "commit_mode": commit_mode,
-        "teacher": teacher,
-        "tokenizer": tokenizer,
-        "packing": packing,
-        "tables": tuple(tables),
-        "images": images,
-        "configuration": dict(configuration),
-        "configuration_sha256": sha256_hex(configured),
-    }
     try:
-        return Header(**fields)
+        return Header(
+            reader_features=tuple(features),
+            store_uuid=uuid.uuid4().hex,
+            created=now(),
+            writer=software(),
+            container=container,
+            sample_kind=sample_kind,
+            alignment="next-token" if sample_kind == "sequence" else "none",
+            signal=signal,
+            vocab_size=vocab_size,
+            chunk_positions=chunk_positions,
+            schema_=schema,
+            lse_at=temperatures,
+            always_ids=always,
+            seed=seed,
+            commit_mode=commit_mode,
+            teacher=teacher,
+            tokenizer=tokenizer,
+            packing=packing,
+            tables=tuple(tables),
+            images=images,
+            configuration=dict(configuration),
+            configuration_sha256=sha256_hex(configured),
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UsageError(

@@ -140,9 +140,6 @@ class Encoder:
                 "this version cannot capture this signal",
                 got=str(header.signal),
                 expected=", ".join(sorted(ENCODERS)),
-                hint="scores of given candidates are pushed: ls.writer(...).add_scores(ids, scores)"
-                if header.signal.kind == "scores"
-                else None,
             )
         self.schema: Schema = header.schema_
         self._header = header

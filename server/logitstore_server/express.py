@@ -32,6 +32,7 @@ from logitstore_server.admission import HostNames, Limits
 from logitstore_server.auth import Authentication
 from logitstore_server.files import SHARDS_ROUTE, object_answer
 from logitstore_server.keys import Key
+from logitstore_server.logs import Answered
 from logitstore_server.metrics import count_damage
 from logitstore_server.observation import Observation, new_request_id, report
 from logitstore_server.outlet import Outlet
@@ -211,17 +212,19 @@ class Lane:
             _log.error("request failed", exc_info=error, request_id=request_id)
             self._outlet.abort()
         report(
-            method="GET",
-            route=SHARDS_ROUTE,
-            path=held.path,
-            store=held.store,
-            status=206,
-            count=stop - start if complete else 0,
-            complete=complete,
-            first_byte_s=time.perf_counter() - started_s,
-            stream_s=0.0,  # the system has taken it, or the loop's buffer
-            client=caller.access.client,
-            request_id=request_id,
+            Answered(
+                method="GET",
+                route=SHARDS_ROUTE,
+                path=held.path,
+                store=held.store,
+                status=206,
+                body_bytes=stop - start if complete else 0,
+                complete=complete,
+                first_byte_s=time.perf_counter() - started_s,
+                stream_s=0.0,  # the system has taken it, or the loop's buffer
+                client=caller.access.client,
+                request_id=request_id,
+            )
         )
         if file.descriptor != held.descriptor:
             held.descriptor = file.descriptor

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Mapping
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -24,7 +24,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from logitstore.spec.errors import LogitstoreError
 from logitstore_server.settings import ServerSettings
 
-__all__ = ["configure_logging", "log_request", "mask"]
+__all__ = ["Answered", "configure_logging", "log_request", "mask"]
 
 _MASK = "***"
 _SECRETS = (
@@ -98,33 +98,45 @@ def configure_logging(settings: ServerSettings) -> None:
     logging.getLogger("uvicorn.access").propagate = False
 
 
-def log_request(
-    *,
-    method: str,
-    path: str,
-    status: int,
-    count: int,
-    complete: bool,
-    first_byte_s: float,
-    stream_s: float,
-    client: str,
-    request_id: str,
-    trace_id: str = "",
-) -> None:
-    """Log one answered request; past structlog, whose way is longer than sending a chunk.
+class Answered(NamedTuple):
+    """A request that was answered, or not, as it is counted and logged.
 
-    Args:
-        count: bytes of the body.
+    Attributes:
+        route: template of the path.
+        store: that the request may read, or empty.
+        status: 0 where no answer began.
+        body_bytes: that were sent.
+        complete: whether they are all of it.
+        first_byte_s: from the request's head to the first of them.
+        stream_s: from there to the last.
         request_id, trace_id: letters, digits, `.`, `_` and `-` alone.
     """
+
+    method: str
+    route: str
+    path: str
+    store: str
+    status: int
+    body_bytes: int
+    complete: bool
+    first_byte_s: float
+    stream_s: float
+    client: str
+    request_id: str
+    trace_id: str = ""
+
+
+def log_request(told: Answered) -> None:
+    """Log one answered request; past structlog, whose way is longer than sending a chunk."""
     if not _request_log.isEnabledFor(logging.INFO):
         return
-    trace = f', "trace_id": "{trace_id}"' if trace_id else ""
+    trace = f', "trace_id": "{told.trace_id}"' if told.trace_id else ""
     line = (
-        f'{{"method": {_quoted(method)}, "path": {_quoted(path)}, "status": {status}, '
-        f'"bytes": {count}, "complete": {"true" if complete else "false"}, '
-        f'"first_byte_s": {first_byte_s:.6f}, "stream_s": {stream_s:.6f}, '
-        f'"client": {_quoted(client)}, "request_id": "{mask(request_id)}"{trace}'
+        f'{{"method": {_quoted(told.method)}, "path": {_quoted(told.path)}, '
+        f'"status": {told.status}, "bytes": {told.body_bytes}, '
+        f'"complete": {"true" if told.complete else "false"}, '
+        f'"first_byte_s": {told.first_byte_s:.6f}, "stream_s": {told.stream_s:.6f}, '
+        f'"client": {_quoted(told.client)}, "request_id": "{mask(told.request_id)}"{trace}'
     )
     if _lines is None:
         _log.info("request", **json.loads(line + "}"))

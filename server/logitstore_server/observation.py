@@ -13,7 +13,7 @@ from prometheus_client import Counter, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitstore_server.auth import store_in
-from logitstore_server.logs import log_request
+from logitstore_server.logs import Answered, log_request
 from logitstore_server.metrics import (
     FIRST_BYTE_SECONDS,
     IN_FLIGHT,
@@ -147,17 +147,19 @@ class Watched:
         store = store_in(self._scope["path"])
         readable = store is not None and access is not None and access.may_read(store)
         report(
-            method=method,
-            route=route,
-            path=self._scope["path"],
-            store=store if readable and store is not None else "",
-            status=self.status,
-            count=self._bytes,
-            complete=self.complete,
-            first_byte_s=first_byte_s - self._started_s,
-            stream_s=now_s - first_byte_s,
-            client=access.client if access is not None else "",
-            **self.context,
+            Answered(
+                method=method,
+                route=route,
+                path=self._scope["path"],
+                store=store if readable and store is not None else "",
+                status=self.status,
+                body_bytes=self._bytes,
+                complete=self.complete,
+                first_byte_s=first_byte_s - self._started_s,
+                stream_s=now_s - first_byte_s,
+                client=access.client if access is not None else "",
+                **self.context,
+            )
         )
 
 
@@ -166,49 +168,14 @@ def new_request_id() -> str:
     return os.urandom(16).hex()
 
 
-def report(
-    *,
-    method: str,
-    route: str,
-    path: str,
-    store: str,
-    status: int,
-    count: int,
-    complete: bool,
-    first_byte_s: float,
-    stream_s: float,
-    client: str,
-    request_id: str,
-    trace_id: str = "",
-) -> None:
-    """Count and log an answered request.
-
-    Args:
-        route: template of the path.
-        store: that the request may read, or empty.
-        status: 0 where no answer began.
-        count: bytes of the body that were sent.
-        complete: whether they are all of it.
-        first_byte_s: from the request's head to the first of them.
-        stream_s: from there to the last.
-    """
-    requests, sent, first_byte, stream = _metrics(method, route, status, store)
+def report(told: Answered) -> None:
+    """Count and log a request."""
+    requests, sent, first_byte, stream = _metrics(told.method, told.route, told.status, told.store)
     requests.inc()
-    sent.inc(count)
-    first_byte.observe(first_byte_s)
-    stream.observe(stream_s)
-    log_request(
-        method=method,
-        path=path,
-        status=status,
-        count=count,
-        complete=complete,
-        first_byte_s=first_byte_s,
-        stream_s=stream_s,
-        client=client,
-        request_id=request_id,
-        trace_id=trace_id,
-    )
+    sent.inc(told.body_bytes)
+    first_byte.observe(told.first_byte_s)
+    stream.observe(told.stream_s)
+    log_request(told)
 
 
 @lru_cache(maxsize=1024)

@@ -94,6 +94,11 @@ def test_the_command_prints_a_table_and_json(settings: CaptureSettings) -> None:
     shown = CliRunner().invoke(cli, words)
     assert shown.exit_code == 0, shown.output
     assert "* recommended: dense" in shown.stdout
+    # Files as a shell puts them in place of a pattern.
+    second = Path(settings.corpus[0]).with_name("second.txt")
+    second.write_text("Another document.")
+    words.insert(words.index("--corpus") + 2, str(second))
     answer = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)
+    assert answer["documents"] == 2
     assert answer["schema"] == "logitstore.estimate/1"
     assert [o["signal"] for o in answer["options"]] == ["topk:8", "dense"]

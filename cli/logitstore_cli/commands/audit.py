@@ -7,8 +7,6 @@ import click
 from logitstore_cli import command as form
 from logitstore_cli.output import Output, pass_output
 
-FAILED = 4
-
 
 @form.command(
     "audit",
@@ -81,7 +79,7 @@ def command(
         out.warn("these are not the weights that the store recorded")
     if as_json:
         out.json("audit", found.as_dict())
-        return 0 if found.ok else FAILED
+        return 0 if found.ok else form.FAILED
     out.data(f"{found.samples} samples, {found.positions:,} positions run again")
     rows = []
     if found.logprobs.count:
@@ -102,4 +100,4 @@ def command(
     for doubt in found.doubts:
         out.data(out.printable(doubt))
     out.data("no doubts" if found.ok else "this teacher does not give what the store holds")
-    return 0 if found.ok else FAILED
+    return 0 if found.ok else form.FAILED

@@ -11,8 +11,6 @@ from logitstore_cli import command as form
 from logitstore_cli.interrupt import interruptible
 from logitstore_cli.output import Output, pass_output
 
-DAMAGED = 4
-
 
 @form.command(
     "copy",
@@ -37,7 +35,7 @@ def command(out: Output, source: str, target: str, as_json: bool) -> int:
         done = copy(source, target, progress=progress)
     if as_json:
         out.json("copy", done.as_dict())
-        return 0 if done.ok else DAMAGED
+        return 0 if done.ok else form.FAILED
     for problem in done.problems:
         parts = [f"{problem['shard']}: [{problem['kind']}] {problem['what']}"]
         parts += [f"{n} {problem[n]}" for n in ("where", "got", "expected") if problem[n]]
@@ -51,7 +49,7 @@ def command(out: Output, source: str, target: str, as_json: bool) -> int:
         out.data(f"{len(done.problems):,} shards of the source are damaged and were not copied")
     elif not done.sealed:
         out.note("the source is not sealed; copy again to bring what it gets later")
-    return 0 if done.ok else DAMAGED
+    return 0 if done.ok else form.FAILED
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import click
 
 from logitstore_cli import command as form
 from logitstore_cli.capture_display import readable_bytes
-from logitstore_cli.commands.precompute import CommaList, Separator
+from logitstore_cli.capture_options import more_files, record_options
 from logitstore_cli.output import Output, pass_output
 
 
@@ -18,8 +18,11 @@ from logitstore_cli.output import Output, pass_output
     "logitstore estimate --teacher hf:FOLDER --corpus A.jsonl --signal topk:32 --signal topk:8\n"
     "logitstore estimate --task classification --teacher py:MODULE:FUNCTION --corpus images.npy",
 )
+@more_files
 @click.option("--teacher", required=True, help="hf:FOLDER_OR_ID or py:module:function.")
-@click.option("--corpus", required=True, multiple=True, metavar="FILE", help="File or pattern.")
+@click.option(
+    "--corpus", required=True, multiple=True, metavar="FILE...", help="Files or patterns."
+)
 @click.option(
     "--task",
     type=click.Choice(["language-model", "classification"]),
@@ -33,25 +36,7 @@ from logitstore_cli.output import Output, pass_output
 @click.option("--views", type=int, help="Classification of images: views of each.")
 @click.option("--max-samples", type=int, help="Classification: of the capture that is planned.")
 @click.option("--signal", "signals", multiple=True, help="Candidates; default: a usual choice.")
-@click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens of a window.")
-@click.option(
-    "--aux", type=CommaList(str, "NAMES"), help="Fields beside the signal; default: the signal's."
-)
-@click.option(
-    "--lse-at", type=CommaList(float, "NUMBERS"), default=(), help="Temperatures, such as 2.0,4.0."
-)
-@click.option(
-    "--always-ids",
-    type=CommaList(int, "NUMBERS"),
-    default=(),
-    help="Token ids whose log-prob is kept at every position.",
-)
-@click.option("--text-key", help="Field of a row that holds the text; default: text.")
-@click.option(
-    "--document-separator",
-    type=Separator(),
-    help=r"Splits text files into documents, such as '\n\n'; default: a file is one.",
-)
+@record_options
 @click.option(
     "--bos", type=click.Choice(["auto", "document", "none"]), default="auto", show_default=True
 )
@@ -65,7 +50,13 @@ from logitstore_cli.output import Output, pass_output
 @form.json_option
 @pass_output
 def command(
-    out: Output, /, signals: tuple[str, ...], pilot_tokens: int, as_json: bool, **chosen: Any
+    out: Output,
+    /,
+    more_files: tuple[str, ...],
+    signals: tuple[str, ...],
+    pilot_tokens: int,
+    as_json: bool,
+    **chosen: Any,
 ) -> None:
     """Run TEACHER over a slice of CORPUS and compare signals: bytes, hours, kept mass, error, bias.
 
@@ -75,6 +66,7 @@ def command(
     from logitstore.analysis.estimate import advise
     from logitstore.capture import CaptureSettings
 
+    chosen["corpus"] = (*chosen["corpus"], *more_files)
     settings = CaptureSettings(signal=signals[0] if signals else "dense", out="", **chosen)
     advice = advise(settings, signals, pilot_tokens=pilot_tokens, on_note=out.note)
     noun = "sample" if settings.task == "classification" else "token"

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from logitstore_cli.capture_display import readable_bytes, show_progress
+from logitstore_cli.capture_options import Separator, more_files, record_options
 from logitstore_cli.command import HELP_FLAGS, command, json_option
 from logitstore_cli.config_file import config_option
 from logitstore_cli.interrupt import interruptible
@@ -25,46 +26,12 @@ logitstore precompute --task classification --teacher py:MODULE:FUNCTION --corpu
   --labels labels.npy --signal dense --out STORE"""
 
 
-class CommaList(click.ParamType[tuple[Any, ...]]):
-    """`a,b,c`, or a list in a configuration file."""
-
-    def __init__(self, item: type, metavar: str) -> None:
-        self._item = item
-        self.name = metavar
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[Any, ...]:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)):
-            parts = [parts]
-        try:
-            return tuple(self._item(p.strip() if isinstance(p, str) else p) for p in parts)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is not a list of {self.name}", param, ctx)
-
-
-class Separator(click.ParamType[str]):
-    r"""Text in which \n, \t, \\ and \xNN stand for characters."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value)
-        if not text.isascii():
-            return text
-        try:
-            return text.encode("ascii").decode("unicode_escape")
-        except UnicodeDecodeError as error:
-            self.fail(f"{text!r}: {error.reason}", param, ctx)
-
-
 @command(
     "precompute",
     example=EXAMPLE,
     context_settings={**HELP_FLAGS, "auto_envvar_prefix": "LOGITSTORE_PRECOMPUTE"},
 )
-@click.argument("more_files", metavar="[FILE]...", nargs=-1)
+@more_files
 @click.option("--teacher", required=True, help="hf:FOLDER_OR_ID or py:module:function.")
 @click.option(
     "--corpus",
@@ -83,25 +50,7 @@ class Separator(click.ParamType[str]):
 )
 @click.option("--signal", required=True, help="What to keep of a distribution: topk:64, ...")
 @click.option("--out", required=True, metavar="STORE", help="Folder or URL of the store.")
-@click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens of a window.")
-@click.option(
-    "--aux", type=CommaList(str, "NAMES"), help="Fields beside the signal; default: the signal's."
-)
-@click.option(
-    "--lse-at", type=CommaList(float, "NUMBERS"), default=(), help="Temperatures, such as 2.0,4.0."
-)
-@click.option(
-    "--always-ids",
-    type=CommaList(int, "NUMBERS"),
-    default=(),
-    help="Token ids whose log-prob is kept at every position.",
-)
-@click.option("--text-key", help="Field of a row that holds the text; default: text.")
-@click.option(
-    "--document-separator",
-    type=Separator(),
-    help=r"Splits text files into documents, such as '\n\n'; default: a file is one.",
-)
+@record_options
 @click.option(
     "--labels",
     multiple=True,

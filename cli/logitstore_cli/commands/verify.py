@@ -11,8 +11,6 @@ import click
 from logitstore_cli import command as form
 from logitstore_cli.output import Output, pass_output
 
-FAILED = 4
-
 
 @form.command("verify", example="logitstore verify STORE\nlogitstore verify STORE --full --json")
 @click.argument("store")
@@ -32,7 +30,7 @@ def command(out: Output, store: str, full: bool, as_json: bool) -> int:
     rate = found.bytes / 1e6 / found.seconds if full and found.seconds else None
     if as_json:
         out.json("verify", {**found.as_dict(), "megabytes_per_s": rate})
-        return 0 if found.ok else FAILED
+        return 0 if found.ok else form.FAILED
     for problem in found.problems:
         out.data(out.printable(_problem(problem)))
     checked = f"{found.documents:,} documents, {found.objects:,} objects ({found.bytes:,} bytes)"
@@ -45,7 +43,7 @@ def command(out: Output, store: str, full: bool, as_json: bool) -> int:
     if not full and found.ok:
         out.note("sizes and documents agree; --full also reads every object")
     out.data("no problems" if found.ok else f"{len(found.problems):,} problems")
-    return 0 if found.ok else FAILED
+    return 0 if found.ok else form.FAILED
 
 
 def _problem(problem: dict[str, Any]) -> str:
