@@ -44,6 +44,7 @@ MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
+        "tests.test_store_racing",
         "tests.test_store_writing",
         "tests.test_store_concurrency",
         "logitstore.containers.zarr_shard",

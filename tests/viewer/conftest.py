@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from logitstore import store
 from logitstore_cli.main import run
-from tests.viewer.viewed import HOSTILE_TABLE, VOCAB, push, serving
+from logitstore_server.viewer import viewer_app
+from tests.viewer.viewed import HOSTILE_STORE, HOSTILE_TABLE, SIGNALS, VOCAB, push, serving
 
 # Besides what a sandbox needs: nothing that would look for the network by itself.
 ARGUMENTS = [
@@ -73,6 +75,31 @@ def site(site_folder: Path) -> Iterator[str]:
         yield address
     for each in stores.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("stores")
+    for name, signal in SIGNALS.items():
+        push(place / name, signal)
+    push(place / "other", "dense:dtype=float32", noise=0.7)
+    push(place / "other-topk", "topk:8", noise=0.7)
+    push(place / HOSTILE_STORE, "topk:8", table=HOSTILE_TABLE)
+    push(place / "no-table", "topk:8", table=None)
+    return place
+
+
+@pytest.fixture(scope="session")
+def stores(folder: Path) -> Iterator[dict[str, store.Store]]:
+    opened = {place.name: store.open(place) for place in sorted(folder.iterdir())}
+    yield opened
+    for each in opened.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def client(stores: dict[str, store.Store]) -> TestClient:
+    return TestClient(viewer_app(stores))
 
 
 def until(page: Any, expression: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,50 +11,12 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from logitstore import store
-from logitstore.display.glyphs import token_glyphs, visible
 from logitstore.record.random import bits, key_of
 from logitstore.record.sequences import has_label, labels
 from logitstore_cli.commands.stats import summary
-from logitstore_server.viewer import find as find_module
 from logitstore_server.viewer import viewer_app, viewer_routes
 from logitstore_server.viewer.routes import SECURITY_HEADERS, STATIC
-from tests.viewer.viewed import HOSTILE_TABLE, TABLE, VOCAB, push
-
-SIGNALS = {
-    "topk": "topk:8",
-    "q8": "topk:8,p=0.9,coding=q8",
-    "sampled": "sampled:20",
-    "threshold": "threshold:tau=1/10",
-    "dense": "dense:dtype=float32",
-    "graph": "graph:k=3",
-    "vocab-graph": "graph:k=3,form=vocab",
-}
-HOSTILE_NAME = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("stores")
-    for name, signal in SIGNALS.items():
-        push(place / name, signal)
-    push(place / "other", "dense:dtype=float32", noise=0.7)
-    push(place / "other-topk", "topk:8", noise=0.7)
-    push(place / HOSTILE_NAME, "topk:8", table=HOSTILE_TABLE)
-    push(place / "no-table", "topk:8", table=None)
-    return place
-
-
-@pytest.fixture(scope="module")
-def stores(folder: Path) -> Iterator[dict[str, store.Store]]:
-    opened = {place.name: store.open(place) for place in sorted(folder.iterdir())}
-    yield opened
-    for each in opened.values():
-        each.close()
-
-
-@pytest.fixture(scope="module")
-def client(stores: dict[str, store.Store]) -> TestClient:
-    return TestClient(viewer_app(stores))
+from tests.viewer.viewed import HOSTILE_STORE, SIGNALS, VOCAB, log_softmax, push
 
 
 def test_every_page_has_data_beside_it_and_a_strict_policy(client, stores):
@@ -103,7 +63,7 @@ def test_a_sample_names_the_command_that_runs_its_teacher_again(client, stores):
 
 def test_hostile_names_and_tokens_are_text(client):
     home = client.get("/").text
-    assert HOSTILE_NAME not in home
+    assert HOSTILE_STORE not in home
     assert "&lt;img src=x onerror=alert(1)&gt;" in home
     for page in ("overview", "samples/0", "find"):
         text = client.get(f"/stores/%3Cimg%20src=x%20onerror=alert(1)%3E/{page}").text
@@ -195,7 +155,7 @@ def test_kept_ids_of_topk_and_the_mass_outside(client, stores):
 
 
 def test_cumulative_mass_per_position_equals_the_logits(client, stores):
-    p = np.exp(_log_softmax(stores["dense"].sample(3)["logits"]))
+    p = np.exp(log_softmax(stores["dense"].sample(3)["logits"]))
     mass = (-np.sort(-p)).cumsum(-1)
     for name, ranked in (("dense", VOCAB), ("topk", 8)):
         for told in client.get(f"/stores/{name}/samples/3/kept.json").json()["positions"]:
@@ -226,7 +186,7 @@ def test_the_overview_tells_how_many_ids_hold_which_mass(client, stores):
         record = stores["dense"].sample(number)
         keys = np.full(record.num_positions, key_of(record.sample_keys()[0]), np.uint64)
         chosen = bits(0x6D617373, keys, np.arange(len(keys)), 0) % np.uint64(64) == 0
-        rows.append(np.exp(_log_softmax(record["logits"][chosen])))
+        rows.append(np.exp(log_softmax(record["logits"][chosen])))
     mass = (-np.sort(-np.concatenate(rows))).cumsum(-1)
     assert told["positions"] == len(mass) == held.positions > 0
     at = mass[:, [k - 1 for k in told["ks"]]]
@@ -248,7 +208,7 @@ def test_kept_ids_of_drawn_signals(client, stores):
         assert {e["id"]: e["count"] for e in told["entries"]} == counts
         assert all(e["value"] == pytest.approx(e["count"] / 20) for e in told["entries"])
         assert told["outside"] == {**told["outside"], "mass": None, "kind": "unknown"}
-    p = np.exp(_log_softmax(stores["dense"].sample(1)["logits"]))
+    p = np.exp(log_softmax(stores["dense"].sample(1)["logits"]))
     for told in client.get("/stores/threshold/samples/1/kept.json").json()["positions"]:
         heads = told["entries"][: told["heads"]]
         true = p[told["position"]]
@@ -351,138 +311,6 @@ def test_empty_store_and_store_without_table_have_helpful_pages(tmp_path, client
     assert tokens["text"] == [f"#{i}" for i in tokens["ids"]]
 
 
-def test_find_by_text_token_and_key(client, stores):
-    record = stores["topk"].sample(1)
-    token = int(record["tokens"][5])
-    found = client.get(f"/stores/topk/find.json?token={token}&order=corpus").json()
-    expected = [
-        (s, p)
-        for s in range(len(stores["topk"]))
-        for p in np.flatnonzero(stores["topk"].sample(s)["tokens"] == token).tolist()
-    ]
-    assert [(r["sample"], r["position"]) for r in found["results"]] == expected
-    text = TABLE.text([token])
-    places = {
-        (s, p)
-        for s in range(len(stores["topk"]))
-        for p, t in enumerate(stores["topk"].sample(s)["tokens"].tolist())
-        if TABLE.text([t]).startswith(text)
-    }
-    by_text = client.get("/stores/topk/find.json", params={"text": text}).json()["results"]
-    assert {(r["sample"], r["position"]) for r in by_text} == places
-    by_key = client.get("/stores/topk/find.json", params={"key": "#2@"}).json()["results"]
-    assert [r["sample"] for r in by_key] == [2]
-
-
-def test_find_sorts_and_filters_by_measure_and_tells_its_cap(client, stores, monkeypatch):
-    opened = stores["topk"]
-    means = [float(opened.sample(s)["entropy"].astype(float).mean()) for s in range(len(opened))]
-    told = client.get("/stores/topk/find.json?measure=entropy").json()
-    assert [r["sample"] for r in told["results"]] == np.argsort(means)[::-1].tolist()
-    assert not told["partial"]
-    middle = sorted(means)[2]
-    some = client.get(f"/stores/topk/find.json?measure=entropy&least={middle - 1e-4}").json()
-    assert sorted(r["sample"] for r in some["results"]) == [
-        s for s, mean in enumerate(means) if mean >= middle - 1e-4
-    ]
-    wrong = client.get("/stores/topk/find.json?measure=label_logprob").json()["results"]
-    assert [r["value"] for r in wrong] == sorted(r["value"] for r in wrong)
-    monkeypatch.setattr(find_module, "MAX_CHUNKS", 1)
-    capped = client.get("/stores/topk/find.json?measure=entropy").json()
-    assert (capped["partial"], capped["chunks_looked_at"], capped["next"]) == (
-        *(True, 1),
-        {"shards_from": 0, "skip": 1},
-    )
-    assert "Look at the next chunks" in client.get("/stores/topk/find?measure=entropy").text
-
-
-def test_a_search_derives_no_more_from_dense_logits_than_its_bound(client, stores, monkeypatch):
-    monkeypatch.setattr(find_module, "MAX_CELLS", 1)
-    derived = client.get("/stores/dense/find.json?measure=top1_prob").json()
-    assert (derived["chunks_looked_at"], derived["partial"]) == (1, True)
-    assert derived["next"] == {"shards_from": 0, "skip": 1}
-    stored = client.get("/stores/topk/find.json?measure=entropy").json()
-    assert stored["chunks_looked_at"] == stored["num_chunks"] > 1
-    truth = np.exp(_log_softmax(stores["dense"].sample(3)["logits"])).max(-1).mean()
-    monkeypatch.undo()
-    every = client.get("/stores/dense/find.json?measure=top1_prob").json()["results"]
-    assert next(r["value"] for r in every if r["sample"] == 3) == pytest.approx(truth, rel=1e-4)
-
-
-def test_a_search_among_many_shards_goes_on_until_all_were_searched(client, stores, monkeypatch):
-    monkeypatch.setattr(find_module, "MAX_SHARDS", 1)
-    monkeypatch.setattr(find_module, "MAX_CHUNKS", 1)
-    monkeypatch.setattr(
-        store.Store,
-        "commit",
-        lambda self, shard, real=store.Store.commit: read.add(shard) or real(self, shard),
-    )
-    found: list[int] = []
-    asked: dict[str, int] = {}
-    for _ in range(20):
-        read: set[int] = set()
-        told = client.get("/stores/topk/find.json", params={"order": "sure", **asked}).json()
-        assert len(read) == 1
-        found += [r["sample"] for r in told["results"]]
-        if told["next"] is None:
-            break
-        asked = told["next"]
-        assert told["partial"]
-    assert sorted(found) == [*range(len(stores["topk"]))]
-    assert (
-        f"of 1 of {len(stores['topk'].shards)} shards"
-        in client.get("/stores/topk/find?order=sure").text
-    )
-
-
-def _log_softmax(z: np.ndarray) -> np.ndarray:
-    z = z.astype(float)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
-
-def test_compare_is_exact_for_dense_and_a_lower_bound_for_topk(client, stores):
-    p = _log_softmax(stores["dense"].sample(1)["logits"])
-    q = _log_softmax(stores["other"].sample(1)["logits"])
-    m = np.log((np.exp(p) + np.exp(q)) / 2)
-    kl = (np.exp(p) * (p - q)).sum(-1)
-    js = ((np.exp(p) * (p - m)).sum(-1) + (np.exp(q) * (q - m)).sum(-1)) / 2
-    told = client.get("/compare/samples/1.json?a=dense&b=other&order=position").json()
-    assert told["exact"]
-    assert [r["kl"] for r in told["rows"]] == pytest.approx(kl.tolist(), rel=1e-4, abs=1e-6)
-    assert [r["js"] for r in told["rows"]] == pytest.approx(js.tolist(), rel=1e-4, abs=1e-6)
-    agree = (p.argmax(-1) == q.argmax(-1)).astype(float)
-    assert [r["agree"] for r in told["rows"]] == agree.tolist()
-    tops = zip(np.argsort(-p)[:, :10].tolist(), np.argsort(-q)[:, :10].tolist(), strict=True)
-    assert [r["overlap"] for r in told["rows"]] == pytest.approx(
-        [len(set(a) & set(b)) / 10 for a, b in tops]
-    )
-    bound = client.get("/compare/samples/1.json?a=topk&b=other-topk&order=position").json()
-    assert not bound["exact"]
-    for row, most, most_js in zip(bound["rows"], kl, js, strict=True):
-        assert row["kl"] is None or 0 <= row["kl"] <= most + 2e-3
-        assert row["js"] is None or 0 <= row["js"] <= most_js + 2e-3
-    ordered = client.get("/compare/samples/1.json?a=dense&b=other").json()["rows"]
-    assert [r["kl"] for r in ordered] == sorted((r["kl"] for r in ordered), reverse=True)
-    whole = client.get("/compare.json?a=dense&b=other").json()["result"]
-    assert whole["means"]["kl"] > 0
-    assert not whole["partial"]
-
-
-def test_compare_tells_what_fewer_ids_lose(client, stores):
-    told = client.get("/compare/samples/1.json?a=dense&b=topk&order=position").json()["rows"]
-    p = np.exp(_log_softmax(stores["dense"].sample(1)["logits"]))
-    record = stores["topk"].sample(1)
-    for row in told:
-        kept = set(record["ids"][row["position"]].tolist()) | {labels(record)[row["position"]]}
-        outside = 1 - sum(p[row["position"], i] for i in kept if i >= 0)
-        assert row["missed"] == pytest.approx(outside, abs=1e-5)
-
-
-def test_compare_refuses_other_tokenizers(client):
-    answer = client.get("/compare.json", params={"a": "topk", "b": HOSTILE_NAME})
-    assert (answer.status_code, answer.json()["kind"]) == (422, "tokenizer-mismatch")
-
-
 def test_a_shared_viewer_never_tells_where_stores_are(stores, folder, tmp_path):
     place = push(tmp_path / "st", "topk:8")
     opened = store.open(place)
@@ -539,31 +367,3 @@ def test_vendored_files_are_those_of_the_manifest():
         if f.is_file() and f.name != "manifest.json"
     }
     assert found == listed
-
-
-@pytest.mark.parametrize(
-    ("data", "shown"),
-    [
-        (b" the", "·the"),
-        (b"\n\n", "⏎⏎"),
-        (b"\t\x00\x7f", "⇥␀␡"),
-        (b"\xe2\x82", "‹E2 82›"),
-        (b"a\xffb", "a‹FF›b"),
-        ("\u202e\u200b\u00a0".encode(), "‹U+202E›‹U+200B›‹U+00A0›"),
-        ("\u0301".encode(), "◌\u0301"),
-        ("हिन्दी".encode(), "हिन्दी"),
-        (("Z" + "\u0301" * 6).encode(), "Z" + "\u0301" * 4 + "‹+2 marks›"),
-        ("שלום €".encode(), "שלום·€"),
-    ],
-)
-def test_every_character_has_a_glyph(data, shown):
-    assert visible(data) == shown
-
-
-def test_long_tokens_are_cut_and_counted():
-    text = visible(b"W" * 10_240)
-    assert len(text) < 80
-    assert text.endswith("…(10,240 bytes)")
-    assert visible("é".encode() * 48) == "é" * 48
-    assert token_glyphs(HOSTILE_TABLE)(5).kind == "partial"
-    assert token_glyphs(HOSTILE_TABLE)(VOCAB + 5) == ("#45", "id")

@@ -31,6 +31,17 @@ HOSTILE = [
     b"\n",
     " \u0301\u0301\u0301".encode(),
 ]
+SIGNALS = {
+    "topk": "topk:8",
+    "q8": "topk:8,p=0.9,coding=q8",
+    "sampled": "sampled:20",
+    "threshold": "threshold:tau=1/10",
+    "dense": "dense:dtype=float32",
+    "graph": "graph:k=3",
+    "vocab-graph": "graph:k=3,form=vocab",
+}
+# Name of a store.
+HOSTILE_STORE = "<img src=x onerror=alert(1)>"
 TABLE = TokenizerTable((b"<s>", *(f" w{i}".encode() for i in range(1, VOCAB))), frozenset({0}))
 HOSTILE_TABLE = TokenizerTable(
     (b"<s>", *HOSTILE, *(f" w{i}".encode() for i in range(len(HOSTILE) + 1, VOCAB))), frozenset({0})
@@ -42,6 +53,11 @@ def logits(tokens: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     spread = rng.uniform(0.5, 6, (tokens, 1))
     return (rng.normal(0, 1, (tokens, VOCAB)) * spread).astype(np.float32)
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z.astype(float)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
 def push(
