@@ -1,6 +1,7 @@
 // The viewer's one script: the heat map, its panel, the charts, and small conveniences.
 // Text of tokens reaches the page through textContent and attributes alone, never as markup.
-// No module, so that a static sample also opens from a folder, where browsers load none.
+// A module without imports or exports: a static sample takes it as a plain script, since browsers load no
+// module from a folder.
 "use strict";
 
 const $ = (selector, root = document) => root.querySelector(selector);
